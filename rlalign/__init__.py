@@ -1,0 +1,1 @@
+"""Reinforcement-learning alignment for language, diffusion-language and flow models."""

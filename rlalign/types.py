@@ -1,0 +1,152 @@
+"""The values that travel between layers: frozen dataclasses, no behaviour beyond slicing.
+
+Shapes: B sequences of one optimizer batch, T padded completion length. Tensors carry their shape as a
+suffix. Token ids are the truth from the moment a prompt is tokenised; text is only for people and rewards.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+FINISH_STOP = "stop"  # an end-of-sequence token was sampled; it is the last completion token
+FINISH_LENGTH = "length"  # max_completion_length was reached: the completion is truncated
+FINISH_ABORT = "abort"  # the engine gave up; such samples never train
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One row of a data set, tokenised.
+
+    >>> Prompt(id="gsm8k/17", token_ids=(3, 9, 4), source="2+2=?", answer="4")
+    """
+
+    id: str
+    token_ids: tuple[int, ...]
+    source: Any  # the `prompt` column as written: a string or a list of chat messages
+    answer: Any = None
+    columns: Mapping[str, Any] = field(default_factory=dict)  # every further column, for rewards
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """A counter and a digest of the weights, computed by whoever RECEIVED them.
+
+    >>> PolicyVersion(version=12, digest="9f2c41d0a1b2c3d4")
+    """
+
+    version: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class VersionSpan:
+    """`num_tokens` consecutive completion tokens made by policy `version`."""
+
+    num_tokens: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One completion.
+
+    `token_ids` include the end-of-sequence token when one was sampled. `logp` are the behaviour policy's
+    log-probs of those tokens at the sampling temperature (same length). `spans` say which policy version
+    made which tokens and add up to the same length.
+
+    >>> Sample("gsm8k/17", 0, (5, 1), (-0.1, -0.02), "stop", (VersionSpan(2, 12),), text="4")
+    """
+
+    prompt_id: str
+    index: int
+    token_ids: tuple[int, ...]
+    logp: tuple[float, ...]
+    finish_reason: str
+    spans: tuple[VersionSpan, ...]
+    text: str = ""
+    parent: str | None = None  # id of the node this sample continues, for trees
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The samples of one prompt occurrence; ragged sizes are normal."""
+
+    prompt: Prompt
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Rewards of B samples, in the order of the samples.
+
+    `reward_B` is the weighted sum after shaping; NaN marks a sample that could not be scored. `acc_B` is the
+    unshaped correctness in [0, 1] that dynamic sampling filters on. `by_function` maps a reward's name to its
+    own B values (NaN: does not apply or failed); `errors` counts verdicts other than ok by kind.
+    """
+
+    reward_B: torch.Tensor  # float32
+    acc_B: torch.Tensor  # float32
+    by_function: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    errors: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class TrainBatch:
+    """The sequences of one optimizer step, or any subset of their rows.
+
+    `sequences[i]` is prompt plus completion; its last `completion_len_B[i]` tokens are the completion, which
+    occupies columns 0 .. completion_len-1 of every [B, T] tensor. `mask_BT` is 1 on completion tokens that may
+    carry gradient. `weight_BT` is each token's share of the global loss (see algos/aggregate.py), so a loss
+    is a plain weighted sum and cannot depend on how the batch is split.
+
+    >>> # a prompt of 2 and a completion of 3 tokens, truncated to T = 4 columns
+    >>> # sequences=((7, 8, 1, 2, 3),), mask_BT=[[1, 1, 1, 0]], logp_rollout_BT=[[-.1, -.2, -.3, 0]]
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    completion_len_B: torch.Tensor  # int64
+    group_id_B: (
+        torch.Tensor
+    )  # int64; one id for a prompt occurrence; ragged and non-contiguous is normal
+    mask_BT: torch.Tensor  # float32, 0 or 1
+    reward_B: torch.Tensor  # float32, NaN: unscorable
+    logp_rollout_BT: torch.Tensor  # float32, by the engine
+    advantage_BT: torch.Tensor | None = None  # float32, detached
+    weight_BT: torch.Tensor | None = None  # float32
+    logp_old_BT: torch.Tensor | None = (
+        None  # by the trainer at rollout time; None: the current log-probs, detached
+    )
+    logp_ref_BT: torch.Tensor | None = None  # by the reference model; None: no KL
+
+    def __len__(self) -> int:
+        return len(self.sequences)
+
+    def replace(self, **changes: Any) -> TrainBatch:
+        return dataclasses.replace(self, **changes)
+
+    def rows(self, index: Sequence[int]) -> TrainBatch:
+        """The batch restricted to rows `index` (in that order), with columns cut to the longest of them."""
+        at = torch.as_tensor(list(index), dtype=torch.long)
+        length_B = self.completion_len_B[at]
+        width = int(length_B.max()) if len(at) else 0
+
+        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[at][:, :width]
+
+        return TrainBatch(
+            sequences=tuple(self.sequences[i] for i in at.tolist()),
+            completion_len_B=length_B,
+            group_id_B=self.group_id_B[at],
+            mask_BT=self.mask_BT[at][:, :width],
+            reward_B=self.reward_B[at],
+            logp_rollout_BT=self.logp_rollout_BT[at][:, :width],
+            advantage_BT=cut(self.advantage_BT),
+            weight_BT=cut(self.weight_BT),
+            logp_old_BT=cut(self.logp_old_BT),
+            logp_ref_BT=cut(self.logp_ref_BT),
+        )
