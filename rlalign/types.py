@@ -1,7 +1,8 @@
 """The values that travel between layers: frozen dataclasses, no behaviour beyond slicing.
 
-Shapes: B sequences of one optimizer batch, T padded completion length. Tensors carry their shape as a
-suffix. Token ids are the truth from the moment a prompt is tokenised; text is only for people and rewards.
+Shapes: B sequences of one optimizer batch, T padded completion length. Tensors carry their shape
+as a suffix. Token ids are the truth from the moment a prompt is tokenised; text is only for people
+and rewards.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class VersionSpan:
 class Sample:
     """One completion.
 
-    `token_ids` include the end-of-sequence token when one was sampled. `logp` are the behaviour policy's
-    log-probs of those tokens at the sampling temperature (same length). `spans` say which policy version
-    made which tokens and add up to the same length.
+    `token_ids` include the end-of-sequence token when one was sampled. `logp` are the behaviour
+    policy's log-probs of those tokens at the sampling temperature (same length). `spans` say which
+    policy version made which tokens and add up to the same length.
 
     >>> Sample("gsm8k/17", 0, (5, 1), (-0.1, -0.02), "stop", (VersionSpan(2, 12),), text="4")
     """
@@ -84,9 +85,10 @@ class Group:
 class Scores:
     """Rewards of B samples, in the order of the samples.
 
-    `reward_B` is the weighted sum after shaping; NaN marks a sample that could not be scored. `acc_B` is the
-    unshaped correctness in [0, 1] that dynamic sampling filters on. `by_function` maps a reward's name to its
-    own B values (NaN: does not apply or failed); `errors` counts verdicts other than ok by kind.
+    `reward_B` is the weighted sum after shaping; NaN marks a sample that could not be scored.
+    `acc_B` is the unshaped correctness in [0, 1] that dynamic sampling filters on. `by_function`
+    maps a reward's name to its own B values (NaN: does not apply or failed); `errors` counts
+    verdicts other than ok by kind.
     """
 
     reward_B: torch.Tensor  # float32
@@ -99,10 +101,11 @@ class Scores:
 class TrainBatch:
     """The sequences of one optimizer step, or any subset of their rows.
 
-    `sequences[i]` is prompt plus completion; its last `completion_len_B[i]` tokens are the completion, which
-    occupies columns 0 .. completion_len-1 of every [B, T] tensor. `mask_BT` is 1 on completion tokens that may
-    carry gradient. `weight_BT` is each token's share of the global loss (see algos/aggregate.py), so a loss
-    is a plain weighted sum and cannot depend on how the batch is split.
+    `sequences[i]` is prompt plus completion; its last `completion_len_B[i]` tokens are the
+    completion, which occupies columns 0 .. completion_len-1 of every [B, T] tensor. `mask_BT` is 1
+    on completion tokens that may carry gradient. `weight_BT` is each token's share of the global
+    loss (see algos/aggregate.py), so a loss is a plain weighted sum and cannot depend on how the
+    batch is split.
 
     >>> # a prompt of 2 and a completion of 3 tokens, truncated to T = 4 columns
     >>> # sequences=((7, 8, 1, 2, 3),), mask_BT=[[1, 1, 1, 0]], logp_rollout_BT=[[-.1, -.2, -.3, 0]]
@@ -130,7 +133,8 @@ class TrainBatch:
         return dataclasses.replace(self, **changes)
 
     def rows(self, index: Sequence[int]) -> TrainBatch:
-        """The batch restricted to rows `index` (in that order), with columns cut to the longest of them."""
+        """The batch restricted to rows `index` (in that order), with columns cut to the longest of
+        them."""
         at = torch.as_tensor(list(index), dtype=torch.long)
         length_B = self.completion_len_B[at]
         width = int(length_B.max()) if len(at) else 0

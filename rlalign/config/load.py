@@ -1,4 +1,5 @@
-"""YAML and dotlist overrides to a checked `Config`: unknown keys, wrong types and values out of range are errors."""
+"""YAML and dotlist overrides to a checked `Config`: unknown keys, wrong types and values out of
+range are errors."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ class ConfigError(ValueError):
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or a mapping), apply `key=value` overrides, check everything.
 
-    Raises ConfigError for a missing file, malformed YAML, an unknown key (with the nearest valid name), a wrong
-    type, a value out of range, or a required key left out.
+    Raises ConfigError for a missing file, malformed YAML, an unknown key (with the nearest valid
+    name), a wrong type, a value out of range, or a required key left out.
     """
     raw = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
     dotlist = _read_overrides(overrides)
@@ -99,9 +100,8 @@ def _read_overrides(overrides: Sequence[str]) -> list[dict[str, Any]]:
 def _check_keys(raw: Any, kind: type, prefix: str = "") -> None:
     """Unknown keys are named with their nearest valid neighbour before OmegaConf sees them."""
     if not isinstance(raw, Mapping):
-        raise ConfigError(
-            f"{prefix.rstrip('.') or 'the config'} is {raw!r}; expected a mapping of {kind.__name__} keys"
-        )
+        place = prefix.rstrip(".") or "the config"
+        raise ConfigError(f"{place} is {raw!r}; expected a mapping of {kind.__name__} keys")
     hints = typing.get_type_hints(kind)
     for name, value in raw.items():
         key = f"{prefix}{name}"

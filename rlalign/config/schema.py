@@ -1,7 +1,8 @@
-"""Every option there is: one dataclass per component, one sentence per field, units and ranges included.
+# ruff: noqa: RUF009  (option() and section() return dataclass fields)
+"""Every option there is: one dataclass per component, one sentence per field, units and ranges.
 
-`None` in `AlgoConfig` means "whatever the chosen `loss_type` says"; `rlalign.algos.resolve` fills it in, and
-`rlalign train CONFIG --dry-run` prints the result.
+`None` in `AlgoConfig` means "whatever the chosen `loss_type` says"; `rlalign.algos.resolve` fills it
+in, and `rlalign train CONFIG --dry-run` prints the result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ def option(
     gt: float | None = None,
     choices: tuple[str, ...] | None = None,
 ) -> Any:
-    """A config field: its default, a sentence, and the range or choices that `config.load` enforces."""
+    """A config field: its default, a sentence, and the range or choices that `config.load`
+    enforces."""
     rules = {"doc": doc, "ge": ge, "le": le, "gt": gt, "choices": choices}
     metadata = {key: value for key, value in rules.items() if value is not None}
     if isinstance(default, (list, dict)) or dataclasses.is_dataclass(default):

@@ -1,7 +1,7 @@
 """The rollout engine protocol: batched token-in, token-out.
 
-Every engine passes tests/rollout/conformance.py, so the loop never asks which one it talks to; what an
-engine cannot do it says in its `capabilities`.
+Every engine passes tests/rollout/conformance.py, so the loop never asks which one it talks to;
+what an engine cannot do it says in its `capabilities`.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from rlalign.types import PolicyVersion, Sample
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch the filters off.
+    """How tokens are drawn. `temperature` 0 is greedy; `top_p` 1 and `top_k` 0 switch the filters
+    off.
 
-    Reported log-probs are those of the distribution actually sampled from: after temperature, and after
-    top-p/top-k where they are on. At temperature 0 they are taken at temperature 1.
+    Reported log-probs are those of the distribution actually sampled from: after temperature, and
+    after top-p/top-k where they are on. At temperature 0 they are taken at temperature 1.
     """
 
     max_completion_length: int
@@ -52,7 +53,8 @@ class Capabilities:
 
 
 class EngineError(RuntimeError):
-    """The engine failed or was asked for something it cannot do; the message names the cause and the fix."""
+    """The engine failed or was asked for something it cannot do; the message names the cause and
+    the fix."""
 
 
 class RolloutEngine(Protocol):
@@ -62,21 +64,24 @@ class RolloutEngine(Protocol):
     def generate(
         self, requests: Sequence[GenerateRequest], params: SamplingParams
     ) -> list[list[Sample]]:
-        """One list of samples per request, in order. Equal seed, prompt and weights give equal tokens
-        whatever else is in the batch. `Sample.text` is the decoded completion without special tokens."""
+        """One list of samples per request, in order. Equal seed, prompt and weights give equal
+        tokens whatever else is in the batch. `Sample.text` is the decoded completion without
+        special tokens."""
         ...
 
     def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0
     ) -> list[torch.Tensor]:
-        """Log-prob of every token given its prefix: float32 [len - 1] per sequence, for tokens 1 onwards."""
+        """Log-prob of every token given its prefix: float32 [len - 1] per sequence, for tokens 1
+        onwards."""
         ...
 
     def update_weights(
         self, parameters: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> PolicyVersion:
-        """Take new weights (HF names), drop prefix caches, and return the version with the digest of what
-        was received (rollout/digest.py). All or nothing: on failure the old weights stay in use."""
+        """Take new weights (HF names), drop prefix caches, and return the version with the digest
+        of what was received (rollout/digest.py). All or nothing: on failure the old weights stay
+        in use."""
         ...
 
     def sleep(self) -> None:
