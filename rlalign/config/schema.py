@@ -1,8 +1,8 @@
 # ruff: noqa: RUF009  (option() and section() return dataclass fields)
 """Every option there is: one dataclass per component, one sentence per field, units and ranges.
 
-`None` in `AlgoConfig` means "whatever the chosen `loss_type` says"; `rlalign.algos.resolve` fills it
-in, and `rlalign train CONFIG --dry-run` prints the result.
+`None` in `AlgoConfig` means "whatever the chosen `loss_type` says"; `rlalign.algos.resolve` fills
+it in, and `rlalign train CONFIG --dry-run` prints the result.
 """
 
 from __future__ import annotations

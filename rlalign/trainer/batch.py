@@ -1,0 +1,64 @@
+"""From scored groups to the tensors an algorithm sees. Pure.
+
+Shapes: B sequences, T the longest completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from rlalign.config import AlgoConfig
+from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Group, Sample, Scores, TrainBatch
+
+
+class StaleSampleError(RuntimeError):
+    """A sample was made by a policy version that the trainer did not publish."""
+
+
+def check_versions(groups: Sequence[Group], published: set[int]) -> None:
+    """Raise StaleSampleError for the first sample holding tokens of an unpublished policy
+    version."""
+    for group in groups:
+        for sample in group.samples:
+            strange = {span.version for span in sample.spans} - published
+            if strange:
+                raise StaleSampleError(
+                    f"sample {sample.index} of prompt {sample.prompt_id!r} holds tokens of policy "
+                    f"version {sorted(strange)}; published and allowed now: {sorted(published)}. "
+                    "The engine runs other weights than the trainer sent; restart the engine."
+                )
+
+
+def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) -> TrainBatch:
+    """Lay the samples of `groups` out as rows, in order; group i becomes group id i.
+
+    `scores` hold one entry per sample in that order. Tokens of samples that could not be scored,
+    were aborted, or (with `mask_truncated_completions`) were cut off carry no gradient: mask 0.
+    """
+    rows = [(i, group, sample) for i, group in enumerate(groups) for sample in group.samples]
+    if len(rows) != len(scores.reward_B):
+        raise ValueError(f"{len(rows)} samples but {len(scores.reward_B)} rewards")
+    length_B = torch.tensor([len(sample.token_ids) for _, _, sample in rows], dtype=torch.long)
+    width = int(length_B.max()) if rows else 0
+    logp_BT = torch.zeros(len(rows), width)
+    for b, (_, _, sample) in enumerate(rows):
+        logp_BT[b, : len(sample.logp)] = torch.tensor(sample.logp)
+    trains_B = torch.tensor([_carries_gradient(sample, algo) for _, _, sample in rows])
+    trains_B &= torch.isfinite(scores.reward_B)
+    mask_BT = torch.arange(width)[None, :] < length_B[:, None]
+    return TrainBatch(
+        sequences=tuple(group.prompt.token_ids + sample.token_ids for _, group, sample in rows),
+        completion_len_B=length_B,
+        group_id_B=torch.tensor([i for i, _, _ in rows], dtype=torch.long),
+        mask_BT=(mask_BT & trains_B[:, None]).float(),
+        reward_B=scores.reward_B.float(),
+        logp_rollout_BT=logp_BT,
+    )
+
+
+def _carries_gradient(sample: Sample, algo: AlgoConfig) -> bool:
+    if sample.finish_reason == FINISH_ABORT:
+        return False
+    return not (algo.mask_truncated_completions and sample.finish_reason == FINISH_LENGTH)
