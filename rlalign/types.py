@@ -132,6 +132,12 @@ class TrainBatch:
     def replace(self, **changes: Any) -> TrainBatch:
         return dataclasses.replace(self, **changes)
 
+    def to(self, device: torch.device | str) -> TrainBatch:
+        """The batch with every tensor on `device`."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        tensors = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
+        return dataclasses.replace(self, **tensors)
+
     def rows(self, index: Sequence[int]) -> TrainBatch:
         """The batch restricted to rows `index` (in that order), with columns cut to the longest of
         them."""
