@@ -1,1 +1,28 @@
-"""Reinforcement-learning alignment for language, diffusion-language and flow models."""
+"""Reinforcement-learning alignment for language, diffusion-language and flow models.
+
+>>> import rlalign
+>>> config = rlalign.load_config("configs/grpo/mini.yaml", ["trainer.max_steps=20"])
+>>> result = rlalign.train(config)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    "load_config": "rlalign.api",
+    "train": "rlalign.api",
+    "evaluate": "rlalign.api",
+    "Result": "rlalign.api",
+    "Config": "rlalign.config",
+    "ConfigError": "rlalign.config",
+}
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+    """Names are imported on first use: `import rlalign` alone must not cost a torch import."""
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'rlalign' has no attribute {name!r}; it has {', '.join(__all__)}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -51,9 +52,11 @@ class RunDir:
         write_atomic(self.config, config_yaml)
         write_atomic(self.manifest, json.dumps(manifest, indent=2) + "\n")
 
-    def append_metrics(self, record: Mapping[str, Any]) -> None:
+    def append_metrics(self, record: Mapping[str, float]) -> None:
+        """Add one line; figures that are not finite become null, which every JSON reader takes."""
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         with self.metrics.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+            file.write(json.dumps(finite, allow_nan=False) + "\n")
 
     def rollout_file(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.jsonl"

@@ -1,0 +1,153 @@
+"""The command line: each command is one call of a function of the same name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Reinforcement-learning alignment, from a laptop CPU to a cluster.",
+)
+out, err = Console(), Console(stderr=True)
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/grpo/mini.yaml")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value overrides, e.g. trainer.max_steps=20")
+]
+
+
+@app.command()
+def train(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Train one run, end to end.
+
+    Example: `rlalign train configs/grpo/mini.yaml seed=1 trainer.max_steps=40`
+    """
+    from rlalign import api
+    from rlalign.config import to_yaml
+
+    resolved = api.load_config(config, overrides or [])
+    if dry_run:
+        out.print(to_yaml(resolved), end="", markup=False, highlight=False, soft_wrap=True)
+        return
+    result = api.train(resolved, resume=resume)
+    if os.environ.get("RANK", "0") == "0":
+        _print_result(result)
+
+
+@app.command("eval")
+def evaluate(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Model folder, e.g. runs/x/checkpoints/step_80")
+    ] = None,
+) -> None:
+    """Held-out figures of a model: pass@1 with its interval, pass@k, majority vote.
+
+    Example: `rlalign eval configs/grpo/mini.yaml trainer.eval_samples=8 --checkpoint DIR`
+    """
+    from rlalign import api
+
+    figures = api.evaluate(api.load_config(config, overrides or []), checkpoint=checkpoint)
+    for name, value in figures.items():
+        out.print(f"{name:10} {value:.4f}")
+
+
+@app.command()
+def verify(
+    algorithm: Annotated[str | None, typer.Argument(help="One algorithm; all by default.")] = None,
+) -> None:
+    """Compare the shipped algorithms with float64 references, property by property.
+
+    Example: `rlalign verify gspo`
+    """
+    from rlalign import verify as verification
+
+    checks = verification.run(algorithm)
+    out.print(verification.render(checks))
+    failed = [check for check in checks if not check.ok]
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def algos() -> None:
+    """List the algorithms and what each preset expands to."""
+    from rlalign import algos as registry
+
+    for name in registry.names():
+        fields = ", ".join(f"{key}={value}" for key, value in registry.expansion(name))
+        out.print(f"[bold]{name}[/bold]  {fields}")
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's curves and samples into one self-contained HTML page.
+
+    Example: `rlalign report runs/grpo-mini`
+    """
+    from rlalign.tracking.report import write_report
+
+    out.print(f"wrote {write_report(run)}")
+
+
+@app.command()
+def doctor(
+    run: Annotated[Path | None, typer.Argument(help="A run directory to diagnose.")] = None,
+) -> None:
+    """Is this machine ready? With a run: why is it flat?
+
+    Example: `rlalign doctor runs/grpo-mini`
+    """
+    from rlalign.tracking import doctor as checks
+
+    findings = checks.examine_run(run) if run else checks.examine_machine()
+    out.print(checks.render(findings))
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(1)
+
+
+def _print_result(result) -> None:
+    before, after = result.summary["eval"]["before"], result.summary["eval"]["after"]
+    out.print(
+        f"\n[bold]{result.path}[/bold]: {result.summary['steps']} steps in "
+        f"{result.summary['wall_s']:.0f} s"
+    )
+    for name in sorted(set(before) & set(after) - {"ci95"}):
+        out.print(f"  held-out {name}: {before[name]:.3f} -> {after[name]:.3f}")
+    out.print(
+        f"Look next: [bold]rlalign report {result.path}[/bold] draws it into one HTML page; "
+        f"samples are in {result.path}/rollouts, the model in {result.path}/checkpoints; "
+        "docs/quickstart.md shows how to bring your own model, data and reward."
+    )
+
+
+def main() -> None:
+    """Run a command; expected failures end with their cause and fix, and exit status 1."""
+    from rlalign.errors import expected_errors
+
+    try:
+        app()
+    except expected_errors() as error:
+        err.print(f"[red]error:[/red] {type(error).__name__}: {error}", markup=True, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        err.print("interrupted; `--resume` goes on from the last checkpoint")
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""Prompts to scored groups: roll out, score, exchange between processes, keep what carries signal.
+
+Every process rolls out its own share of the prompts and then sees the groups of all of them, so the
+decisions that follow (advantages, denominators, which groups are kept) are the same everywhere.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlalign.rewards import Scorer
+from rlalign.rollout.engine import GenerateRequest, RolloutEngine, SamplingParams
+from rlalign.rollout.seeds import sample_seed
+from rlalign.trainer import wire
+from rlalign.trainer.distributed import World
+from rlalign.types import Group, Prompt, Scores
+
+
+class RolloutError(RuntimeError):
+    """A process failed while sampling or scoring; the message carries its rank and cause."""
+
+
+@dataclass
+class Collected:
+    """Groups of one or more rollout batches with one score per sample, in order."""
+
+    groups: list[Group] = field(default_factory=list)
+    scores: list[Scores] = field(default_factory=list)  # one entry a group
+    rollout_s: float = 0.0
+    reward_s: float = 0.0
+
+    def extend(self, other: Collected) -> None:
+        self.groups += other.groups
+        self.scores += other.scores
+        self.rollout_s += other.rollout_s
+        self.reward_s += other.reward_s
+
+    def all_scores(self) -> Scores:
+        """The scores of all samples, one row a sample."""
+        if not self.scores:
+            return Scores(torch.zeros(0), torch.zeros(0))
+        names = self.scores[0].by_function
+        return Scores(
+            reward_B=torch.cat([s.reward_B for s in self.scores]),
+            acc_B=torch.cat([s.acc_B for s in self.scores]),
+            by_function={n: torch.cat([s.by_function[n] for s in self.scores]) for n in names},
+            errors=dict(sum((Counter(s.errors) for s in self.scores), Counter())),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(sample.token_ids) for group in self.groups for sample in group.samples)
+
+
+def make_requests(
+    prompts: Sequence[Prompt], counts: Sequence[int], seed: int, step: int, seen: Counter[str]
+) -> list[GenerateRequest]:
+    """`counts[i]` samples of prompt i. A prompt that comes again within a step (`seen` counts its
+    samples so far and is updated) goes on numbering where it stopped, so no two samples share a
+    seed."""
+    requests = []
+    for prompt, count in zip(prompts, counts, strict=True):
+        first = seen[prompt.id]
+        seen[prompt.id] += count
+        seeds = tuple(sample_seed(seed, prompt.id, first + i, step) for i in range(count))
+        requests.append(GenerateRequest(prompt.id, prompt.token_ids, seeds, first))
+    return requests
+
+
+def roll_out(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    requests: Sequence[GenerateRequest],
+    params: SamplingParams,
+    world: World,
+) -> Collected:
+    """Sample and score `requests` (request i belongs to prompt i), each process its share.
+
+    Every process returns the groups of all, in the order of `prompts`. Raises RolloutError on every
+    process when one of them fails.
+    """
+    mine = slice(world.rank, None, world.size)
+    if world.size == 1:
+        return _sample_and_score(engine, scorer, prompts, requests, params)
+    failure = None
+    try:
+        local = _sample_and_score(engine, scorer, prompts[mine], requests[mine], params)
+        payload = wire.encode(local.groups, local.scores, local.rollout_s, local.reward_s)
+    except Exception as error:  # raised again below, on every process, once the peers know
+        failure, payload = error, wire.encode_failure(error)
+    payloads = world.all_gather_bytes(payload, "rollout exchange")
+    failures = [f"rank {r}: {text}" for r, p in enumerate(payloads) if (text := wire.failure(p))]
+    if failures:
+        raise RolloutError("; ".join(failures)) from failure
+    parts = [Collected(*wire.decode(p, prompts[r :: world.size])) for r, p in enumerate(payloads)]
+    whole = Collected(
+        rollout_s=max(part.rollout_s for part in parts),
+        reward_s=max(part.reward_s for part in parts),
+    )
+    for i in range(len(prompts)):
+        whole.groups.append(parts[i % world.size].groups[i // world.size])
+        whole.scores.append(parts[i % world.size].scores[i // world.size])
+    return whole
+
+
+def _sample_and_score(
+    engine: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    requests: Sequence[GenerateRequest],
+    params: SamplingParams,
+) -> Collected:
+    start = time.perf_counter()
+    samples = engine.generate(requests, params)
+    sampled = time.perf_counter()
+    groups = [Group(p, tuple(s)) for p, s in zip(prompts, samples, strict=True)]
+    scores = split_scores(scorer.score(groups), [len(group.samples) for group in groups])
+    return Collected(groups, scores, sampled - start, time.perf_counter() - sampled)
+
+
+def split_scores(scores: Scores, sizes: Sequence[int]) -> list[Scores]:
+    """One `Scores` a group; the batch's error counts go with the first."""
+    rewards, accs = scores.reward_B.split(list(sizes)), scores.acc_B.split(list(sizes))
+    functions = {name: value.split(list(sizes)) for name, value in scores.by_function.items()}
+    return [
+        Scores(
+            reward_B=rewards[i],
+            acc_B=accs[i],
+            by_function={name: value[i] for name, value in functions.items()},
+            errors=scores.errors if i == 0 else {},
+        )
+        for i in range(len(sizes))
+    ]

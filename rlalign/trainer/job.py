@@ -1,0 +1,114 @@
+"""One run's parts and its progress: what the loop works with."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlalign.config import Config
+from rlalign.rewards import Scorer
+from rlalign.rollout.engine import RolloutEngine
+from rlalign.tasks import PromptSet
+from rlalign.tracking.observers import Observer
+from rlalign.tracking.rundir import RunDir
+from rlalign.trainer import checkpoint
+from rlalign.trainer.distributed import World
+from rlalign.trainer.engine import TrainEngine
+from rlalign.trainer.policy import Policy
+
+
+@dataclass
+class Progress:
+    """How far a run is: all that a checkpoint keeps besides weights and optimizer state."""
+
+    step: int = 0  # finished rollout batches
+    cursor: int = 0  # prompts taken from the training set, over all epochs
+    version: int = 0  # policy version the engine holds
+    rollout_tokens: int = 0
+    train_tokens: int = 0
+    generated_groups: int = 0
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
+    wall_s: float = 0.0
+    eval_before: dict[str, float] = field(default_factory=dict)
+    eval_after: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Job:
+    """One run's parts. `progress` is the only one that changes."""
+
+    config: Config
+    world: World
+    tokenizer: Any
+    train_prompts: PromptSet
+    eval_prompts: PromptSet | None
+    scorer: Scorer
+    policy: Policy
+    engine: TrainEngine
+    rollout: RolloutEngine
+    run_dir: RunDir
+    observers: Sequence[Observer] = ()
+    progress: Progress = field(default_factory=Progress)
+
+    @property
+    def config_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self.config)
+
+    @property
+    def check_sequence(self) -> tuple[int, ...]:
+        """Tokens on which engine and trainer are compared after every weight update."""
+        return self.train_prompts[0].token_ids[:64]
+
+    def sampling(self) -> AbstractContextManager[None]:
+        """While it lasts the rollout engine may read its weights, whoever owns them."""
+        if self.rollout.capabilities.shares_parameters:
+            return self.engine.full_parameters()
+        return nullcontext()
+
+    def stage(self, text: str) -> None:
+        if self.world.is_main:
+            for observer in self.observers:
+                observer.stage(text)
+
+    def record_step(self, figures: dict[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Metrics line, sample file, observers: on the main process."""
+        if not self.world.is_main:
+            return
+        if self.config.tracking.save_rollouts:
+            self.run_dir.write_rollouts(int(figures["step"]), rows)
+        self.run_dir.append_metrics(figures)
+        for observer in self.observers:
+            observer.step(figures, rows)
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the current step, whole or not at all."""
+        self.stage(f"checkpoint of step {self.progress.step}")
+        with self.engine.full_parameters():
+            checkpoint.save(
+                self.run_dir.checkpoints,
+                self.progress.step,
+                engine=self.engine,
+                state=dataclasses.asdict(self.progress),
+                save_model=self._save_model,
+                keep=self.config.trainer.keep_checkpoints,
+            )
+
+    def load_checkpoint(self, folder: Path) -> None:
+        state = checkpoint.load(folder, engine=self.engine)
+        self.progress = Progress(**state)
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        if self.world.is_main:
+            self.run_dir.write_result(result)
+            for observer in self.observers:
+                observer.finish(result)
+        return result
+
+    def _save_model(self, folder: Path) -> None:
+        self.policy.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)

@@ -1,0 +1,185 @@
+"""The loop: prompts, rollout, reward, credit, loss, step, publish.
+
+prompts -> allocate -> rollout -> reward -> credit -> loss -> optimizer step -> publish weights
+   ^                                                                               |
+   +------------------------- policy version v+1 <---------------------------------+
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from rlalign.rollout.engine import SamplingParams
+from rlalign.tracking.rundir import package_versions
+from rlalign.trainer import record
+from rlalign.trainer.batch import check_versions, make_train_batch
+from rlalign.trainer.collect import Collected, make_requests, roll_out
+from rlalign.trainer.evaluate import EvalResult, summarize
+from rlalign.trainer.job import Job
+from rlalign.trainer.publish import check_engine, publish
+from rlalign.trainer.schedule import lr_schedule
+from rlalign.trainer.update import UpdateResult, prepare, sequence_logp, update
+
+
+class TrainingStopped(RuntimeError):
+    """The run cannot usefully go on; the message says why and what to change."""
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Train from `job.progress` to `max_steps`; returns (and writes) the content of result.json."""
+    config, progress = job.config, job.progress
+    start = time.perf_counter() - progress.wall_s
+    publish_weights(job, progress.version)
+    if job.eval_prompts and not progress.eval_before:
+        progress.eval_before = evaluate(job).metrics
+    job.announce("eval", 0, progress.eval_before)
+    while progress.step < config.trainer.max_steps:
+        figures, rows = train_step(job)
+        progress.step += 1
+        progress.wall_s = time.perf_counter() - start
+        if due(progress.step, config.trainer.eval_every, config.trainer.max_steps):
+            held_out = evaluate(job).metrics
+            figures |= {f"eval/{config.task.eval}/{name}": v for name, v in held_out.items()}
+        job.record_step({"step": progress.step, **figures}, rows)
+        if due(progress.step, config.trainer.checkpoint_every, config.trainer.max_steps):
+            job.save_checkpoint()
+    if job.eval_prompts and not progress.eval_after:
+        progress.eval_after = evaluate(job).metrics
+    progress.wall_s = time.perf_counter() - start
+    job.save_checkpoint()
+    return job.finish(result(job))
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """The last step is never due: what comes after the loop covers it."""
+    return every > 0 and step % every == 0 and step != last
+
+
+def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """One rollout batch and its optimizer steps; returns the step's figures and its sample rows."""
+    config, progress = job.config, job.progress
+    step = progress.step
+    began = time.perf_counter()
+    collected = collect(job)
+    groups, scores = collected.groups, collected.all_scores()
+    check_versions(groups, {progress.version})
+
+    marks = [time.perf_counter()]
+    batch = make_train_batch(groups, scores, config.algo)
+    batch = prepare(job.engine, batch, scores.acc_B, config, job.world)
+    marks.append(time.perf_counter())
+
+    lr = lr_schedule(step, config.trainer.optim, config.trainer.max_steps)
+    updated = update(job.engine, batch, config, job.world, step, lr)
+    _watch_skipped(job, updated)
+    marks.append(time.perf_counter())
+
+    figures = record.sample_metrics(groups, scores)
+    figures |= record.update_metrics(updated, lr, progress.version, lag=0)
+    if updated.optimizer_steps:
+        progress.version += 1
+        figures["sampling/check_logp_diff"] = publish_weights(job, progress.version)
+    marks.append(time.perf_counter())
+    progress.rollout_tokens += collected.num_tokens
+    progress.train_tokens += updated.train_tokens
+    times_s = {
+        "rollout": collected.rollout_s,
+        "reward": collected.reward_s,
+        "logp": marks[1] - marks[0],
+        "backward": updated.backward_s,
+        "step": updated.step_s,
+        "sync": marks[3] - marks[2],
+        "total": marks[3] - began,
+    }
+    figures |= record.time_metrics(times_s, collected.num_tokens, updated.train_tokens)
+    figures |= record.memory_metrics()
+    figures |= {"sampling/generated_groups": float(progress.generated_groups)}
+    return figures, list(record.sample_rows(progress.step + 1, groups, scores, batch))
+
+
+def collect(job: Job) -> Collected:
+    """The groups of one step; with dynamic sampling, rollout batches until enough carry signal."""
+    config, progress = job.config, job.progress
+    params = SamplingParams(
+        max_completion_length=config.rollout.max_completion_length,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+    )
+    seen: Counter[str] = Counter()
+    wanted = config.trainer.prompts_per_step
+
+    def one_batch() -> Collected:
+        prompts = job.train_prompts.take(progress.cursor, wanted)
+        progress.cursor += len(prompts)
+        counts = [config.algo.num_generations] * len(prompts)
+        requests = make_requests(prompts, counts, config.seed, progress.step, seen)
+        job.stage(f"rollout {len(prompts)} prompts")
+        with job.sampling():
+            return roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
+
+    return one_batch()
+
+
+def publish_weights(job: Job, version: int) -> float:
+    """Hand the current weights to the engine and compare both sides; returns the largest
+    difference of the check sequence's log-probs, nats."""
+    job.stage(f"publishing policy version {version}")
+    with job.engine.full_parameters():
+        publish(job.rollout, job.policy.named_rollout_weights(), version)
+    logp = sequence_logp(job.engine, job.check_sequence)
+    with job.sampling():
+        return check_engine(
+            job.rollout, job.check_sequence, logp, job.config.rollout.logp_tolerance
+        )
+
+
+def evaluate(job: Job) -> EvalResult:
+    """Held-out figures: greedy with one sample a prompt, else at the rollout temperature."""
+    config = job.config
+    samples = config.trainer.eval_samples
+    params = SamplingParams(
+        max_completion_length=config.rollout.max_completion_length,
+        temperature=0.0 if samples == 1 else config.rollout.temperature,
+    )
+    prompts = list(job.eval_prompts or ())
+    requests = make_requests(prompts, [samples] * len(prompts), config.seed, -1, Counter())
+    job.stage(f"evaluation on {len(prompts)} held-out prompts")
+    with job.sampling():
+        collected = roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
+    return summarize(collected.groups, collected.all_scores().acc_B)
+
+
+def _watch_skipped(job: Job, updated: UpdateResult) -> None:
+    """Stop when non-finite gradients come one after the other: the weights are then frozen."""
+    progress, limit = job.progress, job.config.trainer.max_skipped_steps
+    progress.skipped_steps += updated.skipped_steps
+    progress.skipped_in_a_row = (
+        progress.skipped_in_a_row + updated.skipped_steps if updated.skipped_steps else 0
+    )
+    if progress.skipped_in_a_row >= limit:
+        raise TrainingStopped(
+            f"{progress.skipped_in_a_row} optimizer steps in a row had a non-finite gradient "
+            f"(trainer.max_skipped_steps = {limit}); none of them changed the weights. Lower "
+            "trainer.optim.learning_rate, or use model.dtype=float32."
+        )
+
+
+def result(job: Job) -> dict[str, Any]:
+    """The content of result.json."""
+    progress, memory = job.progress, record.memory_metrics()
+    return {
+        "config": job.config_dict,
+        "seed": job.config.seed,
+        "steps": progress.step,
+        "eval": {"before": progress.eval_before, "after": progress.eval_after},
+        "wall_s": progress.wall_s,
+        "generated_tokens": progress.rollout_tokens,
+        "train_tokens": progress.train_tokens,
+        "skipped_steps": progress.skipped_steps,
+        "peak_rss_bytes": int(memory["memory/rss_bytes"]),
+        "peak_gpu_bytes": int(memory["memory/gpu_bytes"]),
+        "versions": package_versions(),
+    }

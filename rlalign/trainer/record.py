@@ -1,0 +1,106 @@
+"""What one step leaves behind: the metrics record and the sample table. Names: docs/metrics.md."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from rlalign.trainer.update import UpdateResult
+from rlalign.types import FINISH_LENGTH, Group, Scores, TrainBatch
+
+
+def sample_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
+    """Reward and length figures of the samples of one step; unscorable samples are left out."""
+    reward_B = scores.reward_B[torch.isfinite(scores.reward_B)]
+    spreads, at = [], 0
+    for group in groups:
+        own = scores.reward_B[at : at + len(group.samples)]
+        at += len(group.samples)
+        own = own[torch.isfinite(own)]
+        if len(own):
+            spreads.append(float(own.max() - own.min()))
+    samples = [sample for group in groups for sample in group.samples]
+    lengths = [len(sample.token_ids) for sample in samples]
+    clipped = [sample.finish_reason == FINISH_LENGTH for sample in samples]
+    metrics = {
+        "reward": float(reward_B.mean()) if len(reward_B) else float("nan"),
+        "reward_std": float(reward_B.std()) if len(reward_B) > 1 else 0.0,
+        "frac_reward_zero_std": _mean([spread == 0 for spread in spreads]),
+        "completions/mean_length": _mean(lengths),
+        "completions/max_length": float(max(lengths, default=0)),
+        "completions/clipped_ratio": _mean(clipped),
+    }
+    for name, value_B in scores.by_function.items():
+        known = value_B[torch.isfinite(value_B)]
+        if len(known):
+            metrics[f"rewards/{name}/mean"] = float(known.mean())
+    for kind, count in scores.errors.items():
+        metrics[f"rewards/errors/{kind}"] = float(count)
+    return metrics
+
+
+def update_metrics(result: UpdateResult, lr: float, version: int, lag: int) -> dict[str, float]:
+    return {
+        **result.metrics,
+        "optim/lr": lr,
+        "optim/skipped_steps": float(result.skipped_steps),
+        "optim/empty_steps": float(result.empty_steps),
+        "policy/version": float(version),
+        "policy/lag_max": float(lag),
+    }
+
+
+def time_metrics(times_s: dict[str, float], rollout_tokens: int, train_tokens: int) -> dict:
+    """`time/*_s` and the two rates; `times_s` holds the stages and `total`."""
+    metrics = {f"time/{name}_s": value for name, value in times_s.items()}
+    training_s = times_s["logp"] + times_s["backward"] + times_s["step"]
+    metrics["perf/rollout_tokens_per_s"] = rollout_tokens / max(times_s["rollout"], 1e-9)
+    metrics["perf/train_tokens_per_s"] = train_tokens / max(training_s, 1e-9)
+    return metrics
+
+
+def memory_metrics() -> dict[str, float]:
+    """Peak memory of this process so far, bytes."""
+    gpu = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+    return {"memory/rss_bytes": float(peak_rss_bytes()), "memory/gpu_bytes": float(gpu)}
+
+
+def peak_rss_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts KiB
+
+
+def sample_rows(
+    step: int, groups: Sequence[Group], scores: Scores, batch: TrainBatch
+) -> Iterator[dict[str, Any]]:
+    """One row a sample for the rollouts file; advantage is the mean over the sample's tokens."""
+    assert batch.advantage_BT is not None
+    count_B = batch.completion_len_B.clamp(min=1)
+    advantage_B = (batch.advantage_BT.sum(dim=1) / count_B).tolist()
+    rows = ((group, sample) for group in groups for sample in group.samples)
+    for i, (group, sample) in enumerate(rows):
+        yield {
+            "step": step,
+            "prompt_id": sample.prompt_id,
+            "index": sample.index,
+            "prompt": group.prompt.source,
+            "answer": group.prompt.answer,
+            "completion": sample.text,
+            "num_tokens": len(sample.token_ids),
+            "finish_reason": sample.finish_reason,
+            "versions": sorted({span.version for span in sample.spans}),
+            "reward": _json_number(scores.reward_B[i]),
+            "acc": _json_number(scores.acc_B[i]),
+            "rewards": {n: _json_number(v_B[i]) for n, v_B in scores.by_function.items()},
+            "advantage": advantage_B[i],
+        }
+
+
+def _json_number(value: torch.Tensor) -> float | None:
+    return float(value) if torch.isfinite(value) else None
+
+
+def _mean(values: Sequence[float | bool]) -> float:
+    return sum(values) / len(values) if values else 0.0

@@ -1,0 +1,232 @@
+"""One rollout batch to optimizer steps: credit, then minibatches of weighted token losses.
+
+The denominators of the loss are computed once over the minibatch of ALL processes
+(`algos.aggregation_weights`), so a rank's loss is a plain sum over its tokens and the gradient does
+not depend on micro-batches, packing, order or the number of processes.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from rlalign import algos
+from rlalign.config import Config
+from rlalign.rollout.seeds import sample_seed
+from rlalign.trainer.distributed import World
+from rlalign.trainer.engine import TrainEngine
+from rlalign.trainer.packing import micro_batches
+from rlalign.types import TrainBatch
+
+
+@dataclass
+class UpdateResult:
+    """What the optimizer steps of one rollout batch did; `metrics` as CONVENTIONS name them."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    optimizer_steps: int = 0
+    skipped_steps: int = 0  # non-finite gradients
+    empty_steps: int = 0  # no token carried gradient
+    train_tokens: int = 0
+    backward_s: float = 0.0
+    step_s: float = 0.0
+
+
+def prepare(
+    engine: TrainEngine, batch: TrainBatch, acc_B: torch.Tensor, config: Config, world: World
+) -> TrainBatch:
+    """Attach old and reference log-probs where the algorithm needs them, then the advantages."""
+    batch = add_log_probs(engine, batch, config, world)
+    advantage_BT = algos.compute_advantages(
+        batch.reward_B,
+        acc_B,
+        batch.group_id_B,
+        batch.mask_BT,
+        config.algo,
+        kl_BT=algos.reward_kl(batch, config.algo),
+    )
+    return batch.replace(advantage_BT=advantage_BT)
+
+
+def update(
+    engine: TrainEngine, batch: TrainBatch, config: Config, world: World, step: int, lr: float
+) -> UpdateResult:
+    """Take `num_iterations` x `num_minibatches` optimizer steps on a prepared `batch`.
+
+    `batch` holds the rows of every process (the same on each); the forward passes are shared out.
+    """
+    result = UpdateResult()
+    meter = Meter()
+    norms = []
+    for rows in minibatches(len(batch), config, step):
+        minibatch = with_weights(batch.rows(rows), config)
+        learning = rows_with_gradient(minibatch, config)
+        if not learning:
+            result.empty_steps += 1
+            continue
+        start = time.perf_counter()
+        tokens = accumulate_gradient(engine, minibatch.rows(learning), config, world, meter)
+        middle = time.perf_counter()
+        outcome = engine.step(lr)
+        result.train_tokens += tokens
+        result.backward_s += middle - start
+        result.step_s += time.perf_counter() - middle
+        result.optimizer_steps += not outcome.skipped
+        result.skipped_steps += outcome.skipped
+        norms.append(outcome.grad_norm)
+    result.metrics = meter.reduce(world)
+    if norms:
+        result.metrics["optim/grad_norm"] = sum(norms) / len(norms)
+    return result
+
+
+def minibatches(num_rows: int, config: Config, step: int) -> Iterator[list[int]]:
+    """Row indices of each optimizer step; several are shuffled, keyed by seed, step, iteration."""
+    parts = min(config.algo.num_minibatches, max(num_rows, 1))
+    for iteration in range(config.algo.num_iterations):
+        if parts == 1:
+            yield list(range(num_rows))
+            continue
+        seed = sample_seed(config.seed, "minibatches", iteration, step)
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(num_rows, generator=generator)
+        yield from (sorted(part.tolist()) for part in order.tensor_split(parts))
+
+
+def with_weights(minibatch: TrainBatch, config: Config) -> TrainBatch:
+    """Attach each token's share of the loss, over this minibatch of all processes."""
+    weight_BT = algos.aggregation_weights(
+        minibatch.mask_BT,
+        minibatch.group_id_B,
+        config.algo,
+        max_completion_length=config.rollout.max_completion_length,
+    )
+    return minibatch.replace(weight_BT=weight_BT)
+
+
+def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:
+    """Rows whose loss can have a gradient; the others need no forward pass.
+
+    Every surrogate is a multiple of the advantage, so where that is 0 on each weighted token (and
+    neither KL nor entropy is in the loss) the gradient is exactly 0. The denominators were fixed
+    before, so leaving rows out does not touch them.
+    """
+    assert minibatch.weight_BT is not None and minibatch.advantage_BT is not None
+    active_BT = minibatch.weight_BT != 0
+    if config.algo.entropy_coef == 0 and not algos.needs_reference(config.algo):
+        active_BT = active_BT & (minibatch.advantage_BT != 0)
+    return active_BT.any(dim=1).nonzero().flatten().tolist()
+
+
+def accumulate_gradient(
+    engine: TrainEngine, minibatch: TrainBatch, config: Config, world: World, meter: Meter
+) -> int:
+    """Forward and backward over this process's micro-batches; returns its number of tokens."""
+    local = algos.depends_on_split(config.algo)
+    parts = my_micro_batches(minibatch, config, world)
+    tokens = 0
+    for rows in parts:
+        micro = minibatch.rows(rows).to(world.device)
+        if local:
+            micro = with_weights(micro, config)
+            micro = micro.replace(weight_BT=micro.weight_BT / (len(parts) * world.size))
+        output = engine.forward(micro, config.rollout.temperature, entropy=True)
+        loss = algos.policy_loss(output.logp_BT, micro, config.algo, entropy_BT=output.entropy_BT)
+        engine.backward(loss.loss)
+        meter.add(loss.metrics)
+        tokens += sum(len(sequence) for sequence in micro.sequences)
+    return tokens
+
+
+def my_micro_batches(batch: TrainBatch, config: Config, world: World) -> list[list[int]]:
+    """This process's micro-batches; every process gets the same number of them."""
+    plan = micro_batches(
+        [len(sequence) for sequence in batch.sequences],
+        max_tokens=config.trainer.micro_batch_tokens,
+        num_ranks=world.size,
+    )
+    return plan[world.rank]
+
+
+def add_log_probs(
+    engine: TrainEngine, batch: TrainBatch, config: Config, world: World
+) -> TrainBatch:
+    """Attach logp_old and logp_ref where the algorithm needs them before the first step."""
+    if config.algo.mismatch.bypass_mode:
+        batch = batch.replace(logp_old_BT=batch.logp_rollout_BT)
+    wants_old = algos.needs_old_logp(config.algo) and batch.logp_old_BT is None
+    wants_reference = algos.needs_reference(config.algo)
+    if not (wants_old or wants_reference):
+        return batch
+    old_BT, reference_BT = torch.zeros(2, *batch.mask_BT.shape)
+    with torch.no_grad():
+        for rows in my_micro_batches(batch, config, world):
+            micro = batch.rows(rows).to(world.device)
+            width = micro.mask_BT.shape[1]
+            if wants_old:
+                output = engine.forward(micro, config.rollout.temperature, entropy=False)
+                old_BT[rows, :width] = output.logp_BT.cpu()
+            if wants_reference:
+                output = engine.forward(
+                    micro, config.rollout.temperature, entropy=False, reference=True
+                )
+                reference_BT[rows, :width] = output.logp_BT.cpu()
+    if wants_old:
+        batch = batch.replace(logp_old_BT=world.all_reduce_sum(old_BT, "logp_old"))
+    if wants_reference:
+        batch = batch.replace(logp_ref_BT=world.all_reduce_sum(reference_BT, "logp_ref"))
+    return batch
+
+
+@torch.no_grad()
+def sequence_logp(engine: TrainEngine, sequence: Sequence[int]) -> torch.Tensor:
+    """The trainer's log-probs of tokens 1 onwards of `sequence`, temperature 1: float32 [len-1]."""
+    count = len(sequence) - 1
+    row_BT = torch.ones(1, count)
+    batch = TrainBatch(
+        sequences=(tuple(sequence),),
+        completion_len_B=torch.tensor([count]),
+        group_id_B=torch.zeros(1, dtype=torch.long),
+        mask_BT=row_BT,
+        reward_B=torch.zeros(1),
+        logp_rollout_BT=torch.zeros_like(row_BT),
+    )
+    output = engine.forward(batch.to(engine.world.device), 1.0, entropy=False)
+    return output.logp_BT[0].cpu()
+
+
+class Meter:
+    """Token-weighted means, and extremes (names ending in /max and /min), over micro-batches and
+    processes."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, list[float]] = {}
+        self._extremes: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, object]) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, tuple):
+                total = self._sums.setdefault(name, [0.0, 0.0])
+                total[0] += float(value[0])
+                total[1] += float(value[1])
+            else:
+                self._merge_extreme(name, float(value))  # type: ignore[arg-type]
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """The figures over all processes; a mean of nothing is left out."""
+        payload = json.dumps([self._sums, self._extremes]).encode()
+        whole = Meter()
+        for part in world.all_gather_bytes(payload, "metrics"):
+            sums, extremes = json.loads(part)
+            whole.add({name: tuple(pair) for name, pair in sums.items()})
+            whole.add(extremes)
+        means = {name: total / count for name, (total, count) in whole._sums.items() if count}
+        return means | whole._extremes
+
+    def _merge_extreme(self, name: str, value: float) -> None:
+        pick = max if name.endswith("max") else min
+        self._extremes[name] = pick(self._extremes.get(name, value), value)
