@@ -1,0 +1,208 @@
+"""The packed forward against transformers' own, one sequence at a time and unpadded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import rlalign.models.packed as packed
+from rlalign.models.random import init_model, small_config
+
+ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2"]
+LENGTHS = (9, 30, 3, 29, 1, 17, 30, 12, 24)
+
+
+def small(architecture: str, **overrides):
+    fields = dict(
+        vocab=97, hidden=48, layers=3, heads=4, kv_heads=2, mlp=80, max_positions=64,
+        tied=True, init_std=0.2,
+    )  # fmt: skip
+    if architecture == "gemma2":  # logits of attention large enough to meet the cap
+        overrides = {"attn_logit_softcapping": 2.0, "sliding_window": 8} | overrides
+    if architecture == "mistral":
+        overrides = {"sliding_window": 7} | overrides
+    return small_config(architecture, **{**fields, **overrides})
+
+
+def pair(architecture: str, **overrides):
+    """Two models with the same weights: transformers' own, and one for packing."""
+    config = small(architecture, **overrides)
+    own, ours = init_model(config, 0), init_model(config, 0)
+    own.set_attn_implementation("eager" if architecture == "gemma2" else "sdpa")
+    packed.install(ours)
+    return own, ours
+
+
+def sequences(lengths=LENGTHS, seed: int = 0):
+    rng = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, 97, (n,), generator=rng).tolist()) for n in lengths]
+
+
+def alone(model, rows):
+    """Hidden states of each sequence, run by itself."""
+    return [
+        model.base_model(torch.tensor([row]), use_cache=False).last_hidden_state[0] for row in rows
+    ]
+
+
+def together(model, rows, forward=packed.packed_hidden):
+    pack = packed.make_pack(rows)
+    hidden = forward(model, pack)
+    return [hidden[start : start + len(row)] for row, start in zip(rows, pack.start, strict=True)]
+
+
+def weighted(hiddens):
+    """A scalar in which every entry of every hidden state has its own weight."""
+    rng = torch.Generator().manual_seed(1)
+    return sum((h * torch.randn(h.shape, generator=rng)).sum() for h in hiddens)
+
+
+def gradient(model, hiddens):
+    grads = torch.autograd.grad(weighted(hiddens), list(model.base_model.parameters()))
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def assert_close(ours, own, tolerance):
+    scale = max(float(h.detach().abs().max()) for h in own)
+    for a, b in zip(ours, own, strict=True):
+        assert float((a - b).detach().abs().max()) <= tolerance * max(scale, 1)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("forward", [packed.packed_hidden, packed.padded_hidden])
+def test_values_and_gradients_equal_transformers_sequence_by_sequence(architecture, forward):
+    own, ours = pair(architecture)
+    rows = sequences()
+    expected, actual = alone(own, rows), together(ours, rows, forward)
+    assert_close(actual, expected, 1e-5)
+    want, got = gradient(own, expected), gradient(ours, actual)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_sequence_does_not_depend_on_its_neighbours(architecture):
+    _, ours = pair(architecture)
+    rows = sequences()
+    base = together(ours, rows)
+    order = [4, 0, 8, 2, 6, 1, 7, 3, 5]
+    shuffled = together(ours, [rows[i] for i in order])
+    assert_close(shuffled, [base[i] for i in order], 1e-6)
+    halves = together(ours, rows[:4]) + together(ours, rows[4:])
+    assert_close(halves, base, 1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
+def test_equal_lengths_need_no_padding_and_give_the_same(architecture):
+    own, ours = pair(architecture)
+    rows = sequences((11,) * 5)
+    assert [bucket.cell_n for bucket in packed.make_pack(rows).buckets] == [None]
+    assert_close(together(ours, rows), alone(own, rows), 1e-5)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    _, ours = pair("qwen2")
+    rows = sequences()
+    plain = gradient(ours, together(ours, rows))
+    ours.train()
+    ours.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpointed = gradient(ours, together(ours, rows))
+    assert torch.equal(plain, checkpointed)
+
+
+def test_the_pack_lays_sequences_out_longest_first():
+    pack = packed.make_pack([(5, 6), (7, 8, 9)])
+    assert pack.input_ids_N.tolist() == [7, 8, 9, 5, 6]
+    assert pack.position_ids_N.tolist() == [0, 1, 2, 0, 1]
+    assert pack.start == (3, 0) and pack.boundaries.tolist() == [0, 3, 5]
+
+
+def test_buckets_waste_little_and_cover_every_token():
+    lengths = [1 + 13 * i % 97 for i in range(60)]
+    pack = packed.make_pack(sequences(lengths))
+    assert sum(bucket.tokens for bucket in pack.buckets) == sum(lengths)
+    grid = sum(bucket.count * bucket.width for bucket in pack.buckets)
+    assert grid <= sum(lengths) / packed.BUCKET_RATIO
+
+
+def test_an_installed_model_still_generates_like_before():
+    """The engine that samples shares the module: without a pack nothing has changed."""
+    for architecture in ("qwen2", "gemma2"):
+        own, ours = pair(architecture)
+        prompt = torch.tensor([[0, 0, 5, 6], [1, 2, 3, 4]])
+        mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+        options = dict(attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        assert torch.equal(own.generate(prompt, **options), ours.generate(prompt, **options))
+
+
+def test_no_quadratic_mask_is_built():
+    _, ours = pair("mistral", max_positions=4096)
+    rows = sequences((16,) * 128)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor):
+                largest = max(largest, out.numel())
+            return out
+
+    with torch.no_grad(), Watch():
+        packed.packed_hidden(ours, packed.make_pack(rows))
+    assert largest < 2048 * 2048
+
+
+def test_attention_without_keyword_arguments_is_refused(monkeypatch):
+    _, ours = pair("llama")
+    inner = type(ours.base_model.layers[0]).forward
+
+    def forgetful(self, hidden_states, packed_run=None, **kwargs):
+        return inner(self, hidden_states, **kwargs)
+
+    monkeypatch.setattr(type(ours.base_model.layers[0]), "forward", forgetful)
+    with pytest.raises(packed.PackingError, match="trainer.packing=false"):
+        together(ours, sequences())
+
+
+def test_layers_that_are_not_attention_are_refused():
+    config = AutoConfig.for_model(
+        "qwen3_next", vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, intermediate_size=32, num_experts=2,
+        num_experts_per_tok=1, moe_intermediate_size=16, shared_expert_intermediate_size=16,
+        linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    packed.install(model)
+    with pytest.raises(packed.PackingError, match="Qwen3Next.*1 of its 2 layers"):
+        together(model, sequences())
+
+
+def test_attention_with_sinks_is_refused():
+    config = AutoConfig.for_model(
+        "gpt_oss", vocab_size=97, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, intermediate_size=32, num_local_experts=2,
+        num_experts_per_tok=1, layer_types=["full_attention"],
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(packed.PackingError, match="s_aux"):
+        packed.install(model)
+        together(model, sequences())
+
+
+def test_an_empty_pack_is_refused():
+    for rows in ([], [(1, 2), ()]):
+        with pytest.raises(ValueError, match="at least one sequence"):
+            packed.make_pack(rows)
+
+
+def test_the_math_kernel_agrees():
+    """Not an artefact of the fused kernel: the plain one gives the same gradients."""
+    _, ours = pair("qwen2")
+    rows = sequences()
+    fused = gradient(ours, together(ours, rows))
+    with sdpa_kernel(SDPBackend.MATH):
+        plain = gradient(ours, together(ours, rows))
+    assert (fused - plain).norm() <= 1e-5 * plain.norm()
