@@ -1,4 +1,4 @@
-"""The base of every failure that a user can mend: the command line prints it without a traceback."""
+"""The base of every failure a user can mend: the command line prints it without a traceback."""
 
 
 class RlalignError(Exception):

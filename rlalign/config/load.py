@@ -24,13 +24,14 @@ class ConfigError(ValueError):
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file (or a mapping), apply `key=value` overrides, check everything.
 
+    A file may start from another one: `extends: ../grpo/mini.yaml`, relative to its own folder.
+
     Raises ConfigError for a missing file, malformed YAML, an unknown key (with the nearest valid
     name), a wrong type, a value out of range, or a required key left out.
     """
-    raw = _read_yaml(Path(source)) if isinstance(source, (str, Path)) else dict(source)
-    dotlist = _read_overrides(overrides)
+    files = _read_files(Path(source)) if isinstance(source, (str, Path)) else [dict(source)]
     merged = OmegaConf.structured(Config)
-    for layer in (raw, *dotlist):
+    for layer in (*files, *_read_overrides(overrides)):
         _check_keys(layer, Config)
         try:
             merged = OmegaConf.merge(merged, layer)
@@ -62,6 +63,17 @@ def check_values(config: Any, prefix: str = "") -> None:
 
 def to_yaml(config: Config) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The file and all it extends, the farthest first."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path} extends itself by way of {', '.join(map(str, seen))}")
+    raw = _read_yaml(path)
+    base = raw.pop("extends", None)
+    if base is None:
+        return [raw]
+    return [*_read_files(path.parent / base, (*seen, path.resolve())), raw]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class PlainView:
 
 
 def step_line(figures: Mapping[str, float], max_steps: int) -> str:
-    """`step 12/80  reward 0.531  entropy 0.31  length 22.4  5100 tok/s  2.1 s (rollout 61%, ...)`"""
+    """`step 12/80  reward 0.531  entropy 0.31  length 22.4  5100 tok/s  2.1 s (...)`"""
     total = max(figures["time/total_s"], 1e-9)
     split = ", ".join(
         f"{stage} {100 * figures[f'time/{stage}_s'] / total:.0f}%"
