@@ -3,8 +3,8 @@
 import dataclasses
 
 import pytest
-from rlalign.config import Config, ConfigError, all_keys, parse_config, to_yaml
-from rlalign.config import schema
+
+from rlalign.config import Config, ConfigError, all_keys, parse_config, schema, to_yaml
 
 MINIMAL = {
     "name": "x",
