@@ -125,6 +125,8 @@ class TrainBatch:
         None  # by the trainer at rollout time; None: the current log-probs, detached
     )
     logp_ref_BT: torch.Tensor | None = None  # by the reference model; None: no KL
+    # engine/trainer weights, only where they need the whole batch (algos/mismatch.py)
+    rollout_is_weight_BT: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -159,4 +161,5 @@ class TrainBatch:
             weight_BT=cut(self.weight_BT),
             logp_old_BT=cut(self.logp_old_BT),
             logp_ref_BT=cut(self.logp_ref_BT),
+            rollout_is_weight_BT=cut(self.rollout_is_weight_BT),
         )

@@ -1,0 +1,62 @@
+"""What is learned: pure functions of small tensors, one algorithm a file.
+
+An algorithm is a choice of credit (which advantage for which token) and loss (which scalar), most
+often a preset over the shared pieces. docs/algorithms.md is the overview.
+"""
+
+from rlalign.algos.aggregate import aggregation_weights, depends_on_split
+from rlalign.algos.base import Algorithm
+from rlalign.algos.errors import AlgoError, AlgoWarning
+from rlalign.algos.kl import estimate_kl, reward_kl
+from rlalign.algos.loss import LossOutput
+from rlalign.algos.metrics import finalize_metrics, merge_metrics
+from rlalign.algos.mismatch import rollout_weights
+from rlalign.algos.registry import (
+    compute_advantages,
+    expansion,
+    get,
+    names,
+    needs_old_logp,
+    needs_reference,
+    needs_rollout_weights,
+    policy_loss,
+    resolve,
+)
+from rlalign.algos.sampling import DynamicSampler, SamplingExhausted, Selection, has_signal
+from rlalign.algos.shaping import (
+    gradient_mask,
+    normalize_then_sum,
+    overlong_penalty,
+    reward_metrics,
+)
+
+__all__ = [
+    "AlgoError",
+    "AlgoWarning",
+    "Algorithm",
+    "DynamicSampler",
+    "LossOutput",
+    "SamplingExhausted",
+    "Selection",
+    "aggregation_weights",
+    "compute_advantages",
+    "depends_on_split",
+    "estimate_kl",
+    "expansion",
+    "finalize_metrics",
+    "get",
+    "gradient_mask",
+    "has_signal",
+    "merge_metrics",
+    "names",
+    "needs_old_logp",
+    "needs_reference",
+    "needs_rollout_weights",
+    "normalize_then_sum",
+    "overlong_penalty",
+    "policy_loss",
+    "resolve",
+    "reward_kl",
+    "reward_metrics",
+    "rollout_weights",
+]

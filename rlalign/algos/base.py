@@ -1,0 +1,93 @@
+"""What an algorithm is: a name, a preset, and the decisions it takes differently from the rest.
+
+The decisions are pure functions of small tensors. An algorithm that only combines the shared
+pieces sets `defaults`; one with its own idea of credit or loss overrides that callable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from rlalign.algos.advantage import compute_advantages
+from rlalign.algos.errors import AlgoError
+from rlalign.algos.loss import LossOutput, policy_loss
+from rlalign.types import TrainBatch
+
+if TYPE_CHECKING:
+    from rlalign.config.schema import AlgoConfig
+
+# The `AlgoConfig` fields that a preset fills, in the order in which they are printed.
+PRESET_FIELDS = (
+    "adv_estimator",
+    "scale_rewards",
+    "importance_sampling_level",
+    "policy_loss",
+    "epsilon",
+    "epsilon_high",
+    "delta",
+    "loss_agg_mode",
+    "beta",
+    "kl_estimator",
+    "kl_in",
+)
+
+
+class Credit(Protocol):
+    """Which advantage goes to which token: see advantage.compute_advantages."""
+
+    def __call__(
+        self,
+        reward_B: Tensor,
+        acc_B: Tensor,
+        group_id_B: Tensor,
+        mask_BT: Tensor,
+        cfg: AlgoConfig,
+        *,
+        kl_BT: Tensor | None = None,
+    ) -> Tensor: ...
+
+
+class Loss(Protocol):
+    """What scalar is minimised: see loss.policy_loss."""
+
+    def __call__(
+        self,
+        logp_BT: Tensor,
+        batch: TrainBatch,
+        cfg: AlgoConfig,
+        *,
+        entropy_BT: Tensor | None = None,
+    ) -> LossOutput: ...
+
+
+@dataclass(frozen=True)
+class Algorithm:
+    """A registered algorithm.
+
+    `defaults` fill the unset fields of `AlgoConfig` (keys from PRESET_FIELDS; those left out come
+    from the shared defaults). `paper_settings` are further settings of the publication that a
+    config may want and that the preset does not impose. Raises AlgoError for an unknown key.
+
+    >>> Algorithm("mine", "GRPO with a wider upper clip.", "our notes", {"epsilon_high": 0.3})
+    """
+
+    name: str
+    summary: str
+    source: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    paper_settings: Mapping[str, Any] = field(default_factory=dict)
+    aliases: tuple[str, ...] = ()
+    credit: Credit = compute_advantages
+    loss: Loss = policy_loss
+
+    def __post_init__(self) -> None:
+        unknown = sorted(set(self.defaults) - set(PRESET_FIELDS))
+        if unknown:
+            raise AlgoError(
+                f"algorithm {self.name!r}: defaults has {', '.join(unknown)}, which a preset "
+                f"cannot fill; it can fill {', '.join(PRESET_FIELDS)}"
+            )

@@ -1,0 +1,149 @@
+"""Which combinations of settings make no sense, as a table of rules on a resolved config."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from rlalign.algos.errors import AlgoError, AlgoWarning
+from rlalign.algos.ratio import PER_SEQUENCE
+
+if TYPE_CHECKING:
+    from rlalign.config.schema import AlgoConfig
+
+GROUP_BASELINES = ("grpo", "rloo", "reinforce_plus_plus_baseline")
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """`broken` says whether a config breaks it; `why` is formatted with the config as `c`."""
+
+    broken: Callable[[AlgoConfig], bool]
+    why: str
+
+
+ERRORS: tuple[Rule, ...] = (
+    Rule(
+        lambda c: (
+            c.importance_sampling_level in PER_SEQUENCE
+            and c.policy_loss != "reinforce"
+            and c.loss_agg_mode != "seq-mean-token-mean"
+        ),
+        "algo.importance_sampling_level={c.importance_sampling_level} gives one loss per sequence, "
+        "which algo.loss_agg_mode={c.loss_agg_mode} would multiply by its length; use "
+        "loss_agg_mode=seq-mean-token-mean, or importance_sampling_level=sequence_token",
+    ),
+    Rule(
+        lambda c: c.scale_rewards != "none" and c.adv_estimator != "grpo",
+        "algo.scale_rewards={c.scale_rewards} has no effect with adv_estimator={c.adv_estimator}; "
+        "leave it out, or use adv_estimator=grpo",
+    ),
+    Rule(
+        lambda c: c.normalize_advantages and str(c.adv_estimator).startswith("reinforce_plus_plus"),
+        "algo.normalize_advantages=true would whiten twice: adv_estimator={c.adv_estimator} "
+        "already whitens over the tokens of the batch; leave it out",
+    ),
+    Rule(
+        lambda c: (
+            c.num_generations == 1
+            and c.adv_estimator in GROUP_BASELINES
+            and c.singleton_advantage == "zero"
+        ),
+        "algo.num_generations=1 with adv_estimator={c.adv_estimator} makes every advantage 0: a "
+        "group of one has no baseline; use num_generations>=2, adv_estimator=reinforce_plus_plus, "
+        "or singleton_advantage=raw",
+    ),
+    Rule(
+        lambda c: (
+            c.filter_groups.enable and c.num_generations == 1 and c.singleton_advantage == "zero"
+        ),
+        "algo.filter_groups.enable=true with num_generations=1 drops every group: one sample "
+        "cannot vary; use num_generations>=2, or switch the filter off",
+    ),
+    Rule(
+        lambda c: c.delta is not None and c.policy_loss != "ppo_clip",
+        "algo.delta={c.delta} has no effect with policy_loss={c.policy_loss}; leave it out",
+    ),
+    Rule(
+        lambda c: (
+            c.policy_loss == "reinforce" and (c.epsilon is not None or c.epsilon_high is not None)
+        ),
+        "algo.epsilon={c.epsilon}, epsilon_high={c.epsilon_high} have no effect with "
+        "policy_loss=reinforce, which has no ratio; leave them out",
+    ),
+    Rule(
+        lambda c: c.policy_loss == "ppo_clip" and c.epsilon is not None and c.epsilon >= 1,
+        "algo.epsilon={c.epsilon} puts the lower clip at or below 0, where no ratio can be, so "
+        "negative advantages would never be clipped; use a value below 1",
+    ),
+    Rule(
+        lambda c: (
+            c.delta is not None and c.epsilon_high is not None and c.delta <= 1 + c.epsilon_high
+        ),
+        "algo.delta={c.delta} must exceed 1 + epsilon_high = 1 + {c.epsilon_high}: the dual clip "
+        "bounds the ratio beyond the ordinary one; 3.0 is usual",
+    ),
+    Rule(
+        lambda c: c.loss_scale_factor is not None and c.loss_agg_mode != "seq-mean-token-sum-norm",
+        "algo.loss_scale_factor={c.loss_scale_factor} has no effect with "
+        "loss_agg_mode={c.loss_agg_mode}; leave it out, or use seq-mean-token-sum-norm",
+    ),
+    Rule(
+        lambda c: c.use_bias_correction_kl and c.kl_in == "reward",
+        "algo.use_bias_correction_kl=true has no effect with kl_in=reward, where the KL is already "
+        "taken under the policy that sampled; leave it out, or use kl_in=loss",
+    ),
+    Rule(
+        lambda c: not c.mismatch.rollout_is_min <= 1 <= c.mismatch.rollout_is_max,
+        "algo.mismatch: the range [{c.mismatch.rollout_is_min}, {c.mismatch.rollout_is_max}] "
+        "excludes 1, the weight of a perfect engine; use rollout_is_min <= 1 <= rollout_is_max",
+    ),
+    Rule(
+        lambda c: (
+            c.mismatch.rollout_is == "sequence_geomean" and c.mismatch.rollout_is_mode == "truncate"
+        ),
+        "algo.mismatch.rollout_is=sequence_geomean is no importance weight, it can only select "
+        "sequences; set algo.mismatch.rollout_is_mode=mask",
+    ),
+    Rule(
+        lambda c: c.mismatch.bypass_mode and c.mismatch.rollout_is != "none",
+        "algo.mismatch.bypass_mode=true already puts the engine's log-probs under the ratio, so "
+        "rollout_is={c.mismatch.rollout_is} would correct twice; set rollout_is=none",
+    ),
+)
+
+WARNINGS: tuple[Rule, ...] = (
+    Rule(
+        lambda c: (
+            bool(c.beta)
+            and c.kl_in == "loss"
+            and c.kl_estimator == "k1"
+            and not c.use_bias_correction_kl
+        ),
+        "algo.kl_estimator=k1 with kl_in=loss: its expected gradient is 0, so nothing holds the "
+        "policy near the reference; use k2 or k3+, or kl_in=reward",
+    ),
+    Rule(
+        lambda c: bool(c.beta) and c.kl_in == "reward" and c.kl_estimator != "k1",
+        "algo.kl_estimator={c.kl_estimator} with kl_in=reward: k2 is not the KL, and the gradient "
+        "of neither k2 nor k3 is that of the KL there; use k1",
+    ),
+    Rule(
+        lambda c: bool(c.beta) and c.use_bias_correction_kl and c.kl_estimator in ("k2", "k3+"),
+        "algo.use_bias_correction_kl=true with kl_estimator={c.kl_estimator}: the gradient of the "
+        "latter is exact without it and biased with it; use k3, or leave the correction out",
+    ),
+)
+
+
+def check(cfg: AlgoConfig) -> None:
+    """Raise AlgoError for the first broken rule of ERRORS; warn AlgoWarning for each of
+    WARNINGS."""
+    for rule in ERRORS:
+        if rule.broken(cfg):
+            raise AlgoError(rule.why.format(c=cfg))
+    for rule in WARNINGS:
+        if rule.broken(cfg):
+            warnings.warn(rule.why.format(c=cfg), AlgoWarning, stacklevel=3)

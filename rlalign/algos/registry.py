@@ -1,0 +1,208 @@
+"""Finding algorithms and filling configs from them.
+
+Every module of this package that defines `ALGORITHM` is an algorithm, so adding one is adding a
+file. One outside the package is named by import path: `algo.loss_type=package.module:ALGORITHM`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from rlalign.algos.base import PRESET_FIELDS, Algorithm
+from rlalign.algos.checks import check
+from rlalign.algos.errors import AlgoError
+from rlalign.algos.kl import ALIASES
+from rlalign.algos.loss import LossOutput, corrects
+from rlalign.types import TrainBatch
+
+if TYPE_CHECKING:
+    from rlalign.config.schema import AlgoConfig, MismatchConfig
+
+SHARED_DEFAULTS: Mapping[str, Any] = {
+    "adv_estimator": "grpo",
+    "importance_sampling_level": "token",
+    "policy_loss": "ppo_clip",
+    "loss_agg_mode": "seq-mean-token-mean",
+    "beta": 0.0,
+    "kl_in": "loss",
+}
+
+# Settings that only mean something together with another one: what they default to when the
+# deciding field differs from the preset's.
+DEPENDENT_DEFAULTS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
+    "adv_estimator": {
+        "grpo": {"scale_rewards": "group"},
+        "rloo": {"scale_rewards": "none"},
+        "reinforce_plus_plus": {"scale_rewards": "none"},
+        "reinforce_plus_plus_baseline": {"scale_rewards": "none"},
+    },
+    "policy_loss": {
+        "ppo_clip": {"epsilon": 0.2, "epsilon_high": None, "delta": None},
+        "cispo": {"epsilon": None, "epsilon_high": 4.0, "delta": None},
+        "reinforce": {"epsilon": None, "epsilon_high": None, "delta": None},
+    },
+    "kl_in": {"loss": {"kl_estimator": "k3"}, "reward": {"kl_estimator": "k1"}},
+}
+
+
+def names() -> list[str]:
+    """The built-in algorithms, sorted."""
+    return sorted(_builtin())
+
+
+def get(name: str) -> Algorithm:
+    """The algorithm called `name`, one of its aliases, or an import path `package.module:NAME`.
+
+    Raises AlgoError with the nearest name when there is none.
+    """
+    if ":" in name:
+        return _imported(name)
+    known = _builtin()
+    by_alias = {alias: algorithm for algorithm in known.values() for alias in algorithm.aliases}
+    found = known.get(name) or by_alias.get(name)
+    if found is None:
+        near = difflib.get_close_matches(name, [*known, *by_alias], n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise AlgoError(
+            f"algo.loss_type={name!r} is no algorithm; {hint}There are {', '.join(sorted(known))}; "
+            "one of your own is named by its import path, package.module:ALGORITHM"
+        )
+    return found
+
+
+def expansion(name: str) -> list[tuple[str, Any]]:
+    """What the preset fills in, field by field, for printing; then any decision it overrides."""
+    algorithm = get(name)
+    preset = _preset(algorithm, {})
+    rows: list[tuple[str, Any]] = [(key, preset[key]) for key in PRESET_FIELDS]
+    for decision in ("credit", "loss"):
+        function = getattr(algorithm, decision)
+        if function is not getattr(Algorithm, decision):
+            rows.append((decision, f"{function.__module__}.{function.__qualname__}"))
+    return rows
+
+
+def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) -> AlgoConfig:
+    """A copy of `cfg` with every preset field filled and every alias spelled out.
+
+    engine_shares_parameters decides `rollout_is=auto`: none for an engine that reads the trainer's
+    own parameters, token for a separate one; None leaves it. Resolving twice changes nothing.
+    Raises AlgoError for combinations that make no sense, warns AlgoWarning for those that work but
+    do not do what their name says.
+    """
+    algorithm = get(cfg.loss_type)
+    given = {key: getattr(cfg, key) for key in PRESET_FIELDS if getattr(cfg, key) is not None}
+    filled = _preset(algorithm, given)
+    mismatch = _resolve_mismatch(cfg.mismatch, engine_shares_parameters)
+    resolved = dataclasses.replace(cfg, **filled, mismatch=mismatch)
+    check(resolved)
+    return resolved
+
+
+def compute_advantages(
+    reward_B: Tensor,
+    acc_B: Tensor,
+    group_id_B: Tensor,
+    mask_BT: Tensor,
+    cfg: AlgoConfig,
+    *,
+    kl_BT: Tensor | None = None,
+) -> Tensor:
+    """Advantages as the configured algorithm gives credit: see advantage.compute_advantages."""
+    return get(cfg.loss_type).credit(reward_B, acc_B, group_id_B, mask_BT, cfg, kl_BT=kl_BT)
+
+
+def policy_loss(
+    logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig, *, entropy_BT: Tensor | None = None
+) -> LossOutput:
+    """Loss and metrics as the configured algorithm defines them: see loss.policy_loss."""
+    return get(cfg.loss_type).loss(logp_BT, batch, cfg, entropy_BT=entropy_BT)
+
+
+def needs_reference(cfg: AlgoConfig) -> bool:
+    """Whether reference log-probs are needed at all."""
+    return bool(cfg.beta)
+
+
+def needs_old_logp(cfg: AlgoConfig) -> bool:
+    """Whether the trainer must compute `logp_old_BT` in a forward pass of its own.
+
+    Not with a single optimizer step per rollout batch, where the old log-probs are the current
+    ones, unless something needs them before that step: the KL in the reward, or weights that are
+    normalised over the batch. In bypass mode the engine's log-probs take their place.
+    """
+    if cfg.mismatch.bypass_mode:
+        return False
+    several_steps = cfg.num_iterations * cfg.num_minibatches > 1
+    kl_in_reward = needs_reference(cfg) and cfg.kl_in == "reward"
+    return several_steps or kl_in_reward or needs_rollout_weights(cfg)
+
+
+def needs_rollout_weights(cfg: AlgoConfig) -> bool:
+    """Whether `TrainBatch.rollout_is_weight_BT` must be set with `rollout_weights`."""
+    return corrects(cfg) and cfg.mismatch.rollout_is_batch_normalize
+
+
+@functools.cache
+def _builtin() -> dict[str, Algorithm]:
+    found: dict[str, Algorithm] = {}
+    for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
+        algorithm = getattr(
+            importlib.import_module(f"rlalign.algos.{module.name}"), "ALGORITHM", None
+        )
+        if isinstance(algorithm, Algorithm):
+            found[algorithm.name] = algorithm
+    return found
+
+
+@functools.cache
+def _imported(path: str) -> Algorithm:
+    module_name, _, attribute = path.partition(":")
+    try:
+        algorithm = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise AlgoError(
+            f"algo.loss_type={path!r} cannot be imported: {error}. Put the folder of the module "
+            "on PYTHONPATH and name the attribute after the colon"
+        ) from error
+    if not isinstance(algorithm, Algorithm):
+        raise AlgoError(
+            f"algo.loss_type={path!r} is {type(algorithm).__name__}, not an rlalign.algos.Algorithm"
+        )
+    return algorithm
+
+
+def _preset(algorithm: Algorithm, given: Mapping[str, Any]) -> dict[str, Any]:
+    """All PRESET_FIELDS: what was given, else the preset's, else the shared default."""
+    own = {**SHARED_DEFAULTS, **algorithm.defaults}
+    filled = {**own, **given}
+    for decider, table in DEPENDENT_DEFAULTS.items():
+        dependents = table.get(filled[decider], {})
+        own_choice = filled[decider] == own[decider]
+        for key, shared in dependents.items():
+            preset_value = own.get(key, shared) if own_choice else shared
+            filled[key] = given.get(key, preset_value)
+    if filled["policy_loss"] == "ppo_clip" and filled["epsilon_high"] is None:
+        filled["epsilon_high"] = filled["epsilon"]
+    filled["kl_estimator"] = ALIASES.get(filled["kl_estimator"], filled["kl_estimator"])
+    return {key: filled.get(key) for key in PRESET_FIELDS}
+
+
+def _resolve_mismatch(
+    mismatch: MismatchConfig, engine_shares_parameters: bool | None
+) -> MismatchConfig:
+    level = mismatch.rollout_is or "none"
+    if level == "auto" and mismatch.bypass_mode:
+        level = "none"
+    if level == "auto" and engine_shares_parameters is not None:
+        level = "none" if engine_shares_parameters else "token"
+    return dataclasses.replace(mismatch, rollout_is=level)
