@@ -9,8 +9,9 @@ from collections.abc import Sequence
 
 import torch
 
+from rlalign import algos
 from rlalign.config import AlgoConfig
-from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Group, Sample, Scores, TrainBatch
+from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Group, Scores, TrainBatch
 
 
 class StaleSampleError(RuntimeError):
@@ -45,20 +46,16 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
     logp_BT = torch.zeros(len(rows), width)
     for b, (_, _, sample) in enumerate(rows):
         logp_BT[b, : len(sample.logp)] = torch.tensor(sample.logp)
-    trains_B = torch.tensor([_carries_gradient(sample, algo) for _, _, sample in rows])
-    trains_B &= torch.isfinite(scores.reward_B)
+    finish = [sample.finish_reason for _, _, sample in rows]
+    aborted_B = torch.tensor([reason == FINISH_ABORT for reason in finish], dtype=torch.bool)
+    reward_B = scores.reward_B.float().masked_fill(aborted_B, float("nan"))
     mask_BT = torch.arange(width)[None, :] < length_B[:, None]
+    truncated_B = torch.tensor([reason == FINISH_LENGTH for reason in finish], dtype=torch.bool)
     return TrainBatch(
         sequences=tuple(group.prompt.token_ids + sample.token_ids for _, group, sample in rows),
         completion_len_B=length_B,
         group_id_B=torch.tensor([i for i, _, _ in rows], dtype=torch.long),
-        mask_BT=(mask_BT & trains_B[:, None]).float(),
-        reward_B=scores.reward_B.float(),
+        mask_BT=algos.gradient_mask(mask_BT.float(), reward_B, truncated_B, algo),
+        reward_B=reward_B,
         logp_rollout_BT=logp_BT,
     )
-
-
-def _carries_gradient(sample: Sample, algo: AlgoConfig) -> bool:
-    if sample.finish_reason == FINISH_ABORT:
-        return False
-    return not (algo.mask_truncated_completions and sample.finish_reason == FINISH_LENGTH)

@@ -6,6 +6,7 @@ decisions that follow (advantages, denominators, which groups are kept) are the 
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from rlalign.errors import RlalignError
 from rlalign.rewards import Scorer
 from rlalign.rollout.engine import GenerateRequest, RolloutEngine, SamplingParams
 from rlalign.rollout.seeds import sample_seed
@@ -21,7 +23,7 @@ from rlalign.trainer.distributed import World
 from rlalign.types import Group, Prompt, Scores
 
 
-class RolloutError(RuntimeError):
+class RolloutError(RlalignError):
     """A process failed while sampling or scoring; the message carries its rank and cause."""
 
 
@@ -33,12 +35,24 @@ class Collected:
     scores: list[Scores] = field(default_factory=list)  # one entry a group
     rollout_s: float = 0.0
     reward_s: float = 0.0
+    generated_tokens: int = 0  # of all groups rolled out, kept or not
+
+    def select(self, indices: Sequence[int]) -> Collected:
+        """These groups only; times and generated tokens stay those of the whole rollout. Error
+        counts of the groups left out go with the first one kept, so that none is lost."""
+        scores = [self.scores[i] for i in indices]
+        if scores:
+            errors = dict(sum((Counter(s.errors) for s in self.scores), Counter()))
+            clean = [dataclasses.replace(score, errors={}) for score in scores]
+            scores = [dataclasses.replace(clean[0], errors=errors), *clean[1:]]
+        return dataclasses.replace(self, groups=[self.groups[i] for i in indices], scores=scores)
 
     def extend(self, other: Collected) -> None:
         self.groups += other.groups
         self.scores += other.scores
         self.rollout_s += other.rollout_s
         self.reward_s += other.reward_s
+        self.generated_tokens += other.generated_tokens
 
     def all_scores(self) -> Scores:
         """The scores of all samples, one row a sample."""
@@ -51,10 +65,6 @@ class Collected:
             by_function={n: torch.cat([s.by_function[n] for s in self.scores]) for n in names},
             errors=dict(sum((Counter(s.errors) for s in self.scores), Counter())),
         )
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(sample.token_ids) for group in self.groups for sample in group.samples)
 
 
 def make_requests(
@@ -91,17 +101,18 @@ def roll_out(
     failure = None
     try:
         local = _sample_and_score(engine, scorer, prompts[mine], requests[mine], params)
-        payload = wire.encode(local.groups, local.scores, local.rollout_s, local.reward_s)
+        payload = wire.encode(local)
     except Exception as error:  # raised again below, on every process, once the peers know
         failure, payload = error, wire.encode_failure(error)
     payloads = world.all_gather_bytes(payload, "rollout exchange")
     failures = [f"rank {r}: {text}" for r, p in enumerate(payloads) if (text := wire.failure(p))]
     if failures:
         raise RolloutError("; ".join(failures)) from failure
-    parts = [Collected(*wire.decode(p, prompts[r :: world.size])) for r, p in enumerate(payloads)]
+    parts = [wire.decode(p, prompts[r :: world.size]) for r, p in enumerate(payloads)]
     whole = Collected(
         rollout_s=max(part.rollout_s for part in parts),
         reward_s=max(part.reward_s for part in parts),
+        generated_tokens=sum(part.generated_tokens for part in parts),
     )
     for i in range(len(prompts)):
         whole.groups.append(parts[i % world.size].groups[i // world.size])
@@ -121,7 +132,8 @@ def _sample_and_score(
     sampled = time.perf_counter()
     groups = [Group(p, tuple(s)) for p, s in zip(prompts, samples, strict=True)]
     scores = split_scores(scorer.score(groups), [len(group.samples) for group in groups])
-    return Collected(groups, scores, sampled - start, time.perf_counter() - sampled)
+    tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
+    return Collected(groups, scores, sampled - start, time.perf_counter() - sampled, tokens)
 
 
 def split_scores(scores: Scores, sizes: Sequence[int]) -> list[Scores]:

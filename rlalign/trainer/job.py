@@ -30,7 +30,6 @@ class Progress:
     version: int = 0  # policy version the engine holds
     rollout_tokens: int = 0
     train_tokens: int = 0
-    generated_groups: int = 0
     skipped_steps: int = 0
     skipped_in_a_row: int = 0
     wall_s: float = 0.0

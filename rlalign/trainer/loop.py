@@ -11,6 +11,8 @@ import time
 from collections import Counter
 from typing import Any
 
+from rlalign import algos
+from rlalign.errors import RlalignError
 from rlalign.rollout.engine import SamplingParams
 from rlalign.tracking.rundir import package_versions
 from rlalign.trainer import record
@@ -23,7 +25,7 @@ from rlalign.trainer.schedule import lr_schedule
 from rlalign.trainer.update import UpdateResult, prepare, sequence_logp, update
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RlalignError):
     """The run cannot usefully go on; the message says why and what to change."""
 
 
@@ -62,7 +64,7 @@ def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
     config, progress = job.config, job.progress
     step = progress.step
     began = time.perf_counter()
-    collected = collect(job)
+    collected, sampling = collect(job)
     groups, scores = collected.groups, collected.all_scores()
     check_versions(groups, {progress.version})
 
@@ -76,13 +78,12 @@ def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
     _watch_skipped(job, updated)
     marks.append(time.perf_counter())
 
-    figures = record.sample_metrics(groups, scores)
+    figures = record.sample_metrics(groups, scores, batch, config.algo)
     figures |= record.update_metrics(updated, lr, progress.version, lag=0)
     if updated.optimizer_steps:
         progress.version += 1
         figures["sampling/check_logp_diff"] = publish_weights(job, progress.version)
     marks.append(time.perf_counter())
-    progress.rollout_tokens += collected.num_tokens
     progress.train_tokens += updated.train_tokens
     times_s = {
         "rollout": collected.rollout_s,
@@ -93,13 +94,13 @@ def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "sync": marks[3] - marks[2],
         "total": marks[3] - began,
     }
-    figures |= record.time_metrics(times_s, collected.num_tokens, updated.train_tokens)
+    figures |= record.time_metrics(times_s, collected.generated_tokens, updated.train_tokens)
     figures |= record.memory_metrics()
-    figures |= {"sampling/generated_groups": float(progress.generated_groups)}
+    figures |= sampling
     return figures, list(record.sample_rows(progress.step + 1, groups, scores, batch))
 
 
-def collect(job: Job) -> Collected:
+def collect(job: Job) -> tuple[Collected, dict[str, float]]:
     """The groups of one step; with dynamic sampling, rollout batches until enough carry signal."""
     config, progress = job.config, job.progress
     params = SamplingParams(
@@ -108,19 +109,23 @@ def collect(job: Job) -> Collected:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
     )
+    sampler = algos.DynamicSampler(config.trainer.prompts_per_step, config.algo)
     seen: Counter[str] = Counter()
-    wanted = config.trainer.prompts_per_step
-
-    def one_batch() -> Collected:
-        prompts = job.train_prompts.take(progress.cursor, wanted)
+    kept = Collected()
+    while sampler.needed:
+        prompts = job.train_prompts.take(progress.cursor, sampler.next_prompts)
         progress.cursor += len(prompts)
         counts = [config.algo.num_generations] * len(prompts)
         requests = make_requests(prompts, counts, config.seed, progress.step, seen)
-        job.stage(f"rollout {len(prompts)} prompts")
+        job.stage(f"rollout of {len(prompts)} prompts x {config.algo.num_generations}")
         with job.sampling():
-            return roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
-
-    return one_batch()
+            batch = roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
+        by_acc = config.algo.filter_groups.metric == "acc"
+        values = [score.acc_B if by_acc else score.reward_B for score in batch.scores]
+        selection = sampler.feed([value.tolist() for value in values])
+        progress.rollout_tokens += batch.generated_tokens
+        kept.extend(batch.select(selection.kept))
+    return kept, sampler.metrics()
 
 
 def publish_weights(job: Job, version: int) -> float:

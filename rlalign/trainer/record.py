@@ -8,31 +8,28 @@ from typing import Any
 
 import torch
 
+from rlalign import algos
+from rlalign.config import AlgoConfig
 from rlalign.trainer.update import UpdateResult
 from rlalign.types import FINISH_LENGTH, Group, Scores, TrainBatch
 
 
-def sample_metrics(groups: Sequence[Group], scores: Scores) -> dict[str, float]:
+def sample_metrics(
+    groups: Sequence[Group], scores: Scores, batch: TrainBatch, algo: AlgoConfig
+) -> dict[str, float]:
     """Reward and length figures of the samples of one step; unscorable samples are left out."""
-    reward_B = scores.reward_B[torch.isfinite(scores.reward_B)]
-    spreads, at = [], 0
-    for group in groups:
-        own = scores.reward_B[at : at + len(group.samples)]
-        at += len(group.samples)
-        own = own[torch.isfinite(own)]
-        if len(own):
-            spreads.append(float(own.max() - own.min()))
     samples = [sample for group in groups for sample in group.samples]
     lengths = [len(sample.token_ids) for sample in samples]
     clipped = [sample.finish_reason == FINISH_LENGTH for sample in samples]
-    metrics = {
-        "reward": float(reward_B.mean()) if len(reward_B) else float("nan"),
-        "reward_std": float(reward_B.std()) if len(reward_B) > 1 else 0.0,
-        "frac_reward_zero_std": _mean([spread == 0 for spread in spreads]),
-        "completions/mean_length": _mean(lengths),
-        "completions/max_length": float(max(lengths, default=0)),
-        "completions/clipped_ratio": _mean(clipped),
-    }
+    metrics = (
+        {"reward": float("nan")}
+        | algos.finalize_metrics(algos.reward_metrics(batch.reward_B, batch.group_id_B, algo))
+        | {
+            "completions/mean_length": _mean(lengths),
+            "completions/max_length": float(max(lengths, default=0)),
+            "completions/clipped_ratio": _mean(clipped),
+        }
+    )
     for name, value_B in scores.by_function.items():
         known = value_B[torch.isfinite(value_B)]
         if len(known):

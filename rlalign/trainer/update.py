@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from rlalign import algos
+from rlalign.algos.metrics import Metrics
 from rlalign.config import Config
 from rlalign.rollout.seeds import sample_seed
 from rlalign.trainer.distributed import World
@@ -40,14 +41,20 @@ def prepare(
     engine: TrainEngine, batch: TrainBatch, acc_B: torch.Tensor, config: Config, world: World
 ) -> TrainBatch:
     """Attach old and reference log-probs where the algorithm needs them, then the advantages."""
+    algo = config.algo
     batch = add_log_probs(engine, batch, config, world)
+    if algos.needs_rollout_weights(algo):
+        assert batch.logp_old_BT is not None
+        weight_BT = algos.rollout_weights(
+            batch.logp_old_BT, batch.logp_rollout_BT, batch.mask_BT, algo
+        )
+        batch = batch.replace(rollout_is_weight_BT=weight_BT)
+    kl_BT = None
+    if algos.needs_reference(algo) and algo.kl_in == "reward":
+        assert batch.logp_old_BT is not None and batch.logp_ref_BT is not None
+        kl_BT = algos.reward_kl(batch.logp_old_BT, batch.logp_ref_BT, batch.mask_BT, algo)
     advantage_BT = algos.compute_advantages(
-        batch.reward_B,
-        acc_B,
-        batch.group_id_B,
-        batch.mask_BT,
-        config.algo,
-        kl_BT=algos.reward_kl(batch, config.algo),
+        batch.reward_B, acc_B, batch.group_id_B, batch.mask_BT, algo, kl_BT=kl_BT
     )
     return batch.replace(advantage_BT=advantage_BT)
 
@@ -60,7 +67,7 @@ def update(
     `batch` holds the rows of every process (the same on each); the forward passes are shared out.
     """
     result = UpdateResult()
-    meter = Meter()
+    metrics: list[Metrics] = []
     norms = []
     for rows in minibatches(len(batch), config, step):
         minibatch = with_weights(batch.rows(rows), config)
@@ -69,7 +76,7 @@ def update(
             result.empty_steps += 1
             continue
         start = time.perf_counter()
-        tokens = accumulate_gradient(engine, minibatch.rows(learning), config, world, meter)
+        tokens = accumulate_gradient(engine, minibatch.rows(learning), config, world, metrics)
         middle = time.perf_counter()
         outcome = engine.step(lr)
         result.train_tokens += tokens
@@ -78,7 +85,7 @@ def update(
         result.optimizer_steps += not outcome.skipped
         result.skipped_steps += outcome.skipped
         norms.append(outcome.grad_norm)
-    result.metrics = meter.reduce(world)
+    result.metrics = reduce_metrics(metrics, world)
     if norms:
         result.metrics["optim/grad_norm"] = sum(norms) / len(norms)
     return result
@@ -123,7 +130,7 @@ def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:
 
 
 def accumulate_gradient(
-    engine: TrainEngine, minibatch: TrainBatch, config: Config, world: World, meter: Meter
+    engine: TrainEngine, minibatch: TrainBatch, config: Config, world: World, metrics: list[Metrics]
 ) -> int:
     """Forward and backward over this process's micro-batches; returns its number of tokens."""
     local = algos.depends_on_split(config.algo)
@@ -137,7 +144,7 @@ def accumulate_gradient(
         output = engine.forward(micro, config.rollout.temperature, entropy=True)
         loss = algos.policy_loss(output.logp_BT, micro, config.algo, entropy_BT=output.entropy_BT)
         engine.backward(loss.loss)
-        meter.add(loss.metrics)
+        metrics.append(loss.metrics)
         tokens += sum(len(sequence) for sequence in micro.sequences)
     return tokens
 
@@ -199,34 +206,21 @@ def sequence_logp(engine: TrainEngine, sequence: Sequence[int]) -> torch.Tensor:
     return output.logp_BT[0].cpu()
 
 
-class Meter:
-    """Token-weighted means, and extremes (names ending in /max and /min), over micro-batches and
-    processes."""
-
-    def __init__(self) -> None:
-        self._sums: dict[str, list[float]] = {}
-        self._extremes: dict[str, float] = {}
-
-    def add(self, metrics: dict[str, object]) -> None:
-        for name, value in metrics.items():
-            if isinstance(value, tuple):
-                total = self._sums.setdefault(name, [0.0, 0.0])
-                total[0] += float(value[0])
-                total[1] += float(value[1])
-            else:
-                self._merge_extreme(name, float(value))  # type: ignore[arg-type]
-
-    def reduce(self, world: World) -> dict[str, float]:
-        """The figures over all processes; a mean of nothing is left out."""
-        payload = json.dumps([self._sums, self._extremes]).encode()
-        whole = Meter()
-        for part in world.all_gather_bytes(payload, "metrics"):
-            sums, extremes = json.loads(part)
-            whole.add({name: tuple(pair) for name, pair in sums.items()})
-            whole.add(extremes)
-        means = {name: total / count for name, (total, count) in whole._sums.items() if count}
-        return means | whole._extremes
-
-    def _merge_extreme(self, name: str, value: float) -> None:
-        pick = max if name.endswith("max") else min
-        self._extremes[name] = pick(self._extremes.get(name, value), value)
+def reduce_metrics(parts: Sequence[Metrics], world: World) -> dict[str, float]:
+    """The loss figures over micro-batches, optimizer steps and processes."""
+    local = {
+        name: [float(v) for v in value] if isinstance(value, tuple) else float(value)
+        for name, value in algos.merge_metrics(parts).items()
+    }
+    gathered = world.all_gather_bytes(json.dumps(local).encode(), "metrics")
+    return algos.finalize_metrics(
+        algos.merge_metrics(
+            {
+                name: (torch.tensor(value[0]), torch.tensor(value[1]))
+                if isinstance(value, list)
+                else torch.tensor(value)
+                for name, value in json.loads(part).items()
+            }
+            for part in gathered
+        )
+    )
