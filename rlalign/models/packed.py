@@ -211,9 +211,10 @@ def _attention(
     _refuse_unless(not dropout, module, "it drops attention weights at random")
     _refuse_unless(not unknown, module, f"its attention takes {', '.join(unknown)}")
     packed_run.calls += 1
-    rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, heads, d]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
     run = _varlen if _varlen_applies(query, softcap) else _bucketed
-    return run(*rows, packed_run.pack, scaling, sliding_window, softcap)[None], None
+    out_NHd = run(query, key, value, packed_run.pack, scaling, sliding_window, softcap)
+    return out_NHd[None], None
 
 
 def _padded(

@@ -162,7 +162,7 @@ def test_attention_without_keyword_arguments_is_refused(monkeypatch):
         return inner(self, hidden_states, **kwargs)
 
     monkeypatch.setattr(type(ours.base_model.layers[0]), "forward", forgetful)
-    with pytest.raises(packed.PackingError, match="trainer.packing=false"):
+    with pytest.raises(packed.PackingError, match=r"trainer\.packing=false"):
         together(ours, sequences())
 
 
@@ -176,7 +176,7 @@ def test_layers_that_are_not_attention_are_refused():
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     packed.install(model)
-    with pytest.raises(packed.PackingError, match="Qwen3Next.*1 of its 2 layers"):
+    with pytest.raises(packed.PackingError, match=r"Qwen3Next.*1 of its 2 layers"):
         together(model, sequences())
 
 
