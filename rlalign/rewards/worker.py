@@ -1,0 +1,284 @@
+"""Reward functions in processes of their own: whatever a function does, it can be stopped.
+
+A function is named by an import path and JSON parameters, so nothing is pickled: the worker imports
+and builds it itself. A worker that hangs is killed, with its whole process group, and replaced; one
+that dies is replaced. Functions that judge each row on its own (`rowwise`) are shared by several
+workers and lose only the row at fault; others lose the call.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlalign.rewards.call import Call, Takes
+from rlalign.rewards.channel import Channel
+from rlalign.rewards.verdict import RewardError, Verdict, VerdictKind, read_value
+
+logger = logging.getLogger(__name__)
+
+START_TIMEOUT_S = 60.0  # imports of a user's module included
+EXIT_TIMEOUT_S = 5.0
+CHUNK_ROWS = 16  # rows sent to one worker at a time: small, so that workers end together
+LOG_TAIL_BYTES = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a worker builds and how it is driven.
+
+    >>> Target("math", "rlalign.rewards.mathematics:math", rowwise=True, row_timeout_s=6.0)
+    """
+
+    name: str
+    path: str
+    params: Mapping[str, Any] = field(default_factory=dict)
+    rowwise: bool = False
+    num_workers: int = 1
+    row_timeout_s: float | None = None  # of one row, when rowwise
+    max_memory_bytes: int | None = None  # address space of a worker
+
+
+class Worker:
+    """One process. `score` never raises for what the function does; it raises RewardError when the
+    process cannot be started at all."""
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._process: subprocess.Popen[bytes] | None = None
+        self.takes = Takes(frozenset(), (), True)
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def start(self) -> None:
+        """Spawn the process and build the function in it."""
+        if self._process is not None:
+            return
+        ours, theirs = socket.socketpair()
+        lifeline_read, self._lifeline = os.pipe()
+        self._log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed in stop
+        main = Path(__file__).with_name("worker_main.py")
+        path = json.dumps([os.path.abspath(p) for p in sys.path])
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(main), str(theirs.fileno()), str(lifeline_read), path],
+            pass_fds=(theirs.fileno(), lifeline_read),
+            stdin=subprocess.DEVNULL,
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,
+        )
+        theirs.close()
+        os.close(lifeline_read)
+        self._channel = Channel(ours)
+        self._handshake()
+
+    def score(self, call: Call, deadline: float) -> list[Verdict]:
+        """Verdicts of a non-empty prefix of `call`: all of it, or, when a row of a rowwise function
+        took the worker down, up to and including that row."""
+        self.start()
+        row_s = self._target.row_timeout_s
+        verdicts: list[Verdict] = []
+        arguments = call.arguments(self.takes)
+        request = encode({"arguments": arguments, "num_rows": len(call)}, self._target.name)
+        try:
+            self._channel.send_bytes(request, deadline)
+            while len(verdicts) < len(call):
+                row_deadline = (
+                    deadline if row_s is None else min(deadline, time.monotonic() + row_s)
+                )
+                answer = self._channel.receive(row_deadline)
+                verdicts += [_read(item) for item in answer["verdicts"]]
+        except TimeoutError:
+            self.stop()
+            failure = Verdict(VerdictKind.TIMEOUT, detail="no answer before the deadline; killed")
+        except (EOFError, ConnectionError, ValueError, KeyError, TypeError) as error:
+            failure = self._post_mortem(error)
+        else:
+            self._forward_log()
+            return verdicts
+        failed_rows = 1 if self._target.rowwise else len(call) - len(verdicts)
+        return verdicts + [failure] * failed_rows
+
+    def stop(self) -> int | None:
+        """Kill the process with everything it started; its return code, None if there was none."""
+        if self._process is None:
+            return None
+        returncode = self._process.poll()
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass  # the whole group is gone already
+        self._process.wait(EXIT_TIMEOUT_S)
+        self._process = None
+        self._channel.close()
+        os.close(self._lifeline)
+        self._log.close()
+        return returncode
+
+    def _handshake(self) -> None:
+        target = self._target
+        setup = {
+            "name": target.name,
+            "target": target.path,
+            "params": dict(target.params),
+            "rowwise": target.rowwise,
+            "max_memory_bytes": target.max_memory_bytes,
+        }
+        deadline = time.monotonic() + START_TIMEOUT_S
+        try:
+            self._channel.send(setup, deadline)
+            ready = self._channel.receive(deadline)
+        except TimeoutError as error:
+            self.stop()
+            raise RewardError(
+                f"reward {target.name!r}: its worker was not ready within {START_TIMEOUT_S:.0f} s; "
+                "importing its module or building it hangs or is too slow"
+            ) from error
+        except (EOFError, ConnectionError) as error:
+            detail = self._post_mortem(error).detail
+            raise RewardError(
+                f"reward {target.name!r}: its worker died at start; {detail}"
+            ) from error
+        if "error" in ready:
+            self.stop()
+            raise RewardError(_named(target.name, ready["error"]))
+        self.takes = Takes(frozenset(ready["named"]), tuple(ready["required"]), ready["anything"])
+
+    def _post_mortem(self, error: Exception) -> Verdict:
+        """Why the process is gone. A SIGKILL that is not ours is the kernel's out-of-memory killer
+        in all likelihood."""
+        process = self._process
+        assert process is not None
+        try:
+            process.wait(EXIT_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            pass  # it closed the connection, or answers nonsense, but lives
+        tail = self._log_tail()
+        returncode = self.stop()
+        if returncode == -signal.SIGKILL:
+            return Verdict(VerdictKind.OOM, detail="killed by SIGKILL: out of memory, most likely")
+        if returncode is None:
+            how = f"broke the protocol ({error})"
+        elif returncode < 0:
+            how = f"died of {signal.Signals(-returncode).name}"
+        else:
+            how = f"exited with code {returncode}"
+        return Verdict(VerdictKind.CRASH, detail=f"the worker {how}\n{tail}".strip())
+
+    def _log_tail(self) -> str:
+        size = os.fstat(self._log.fileno()).st_size
+        tail = os.pread(self._log.fileno(), LOG_TAIL_BYTES, max(0, size - LOG_TAIL_BYTES))
+        return tail.decode(errors="replace").strip()
+
+    def _forward_log(self) -> None:
+        """What the function printed goes to the log, and the file stays small."""
+        if tail := self._log_tail():
+            logger.info("reward %s printed: %s", self._target.name, tail)
+            self._log.seek(0)  # the worker writes at the same offset: one open file, shared
+            self._log.truncate(0)
+
+
+class WorkerPool:
+    """The runner of one function: its workers, driven together. `score` keeps the order of rows."""
+
+    def __init__(self, target: Target) -> None:
+        self.name = target.name
+        self._target = target
+        self._workers = [Worker(target) for _ in range(target.num_workers)]
+        self._threads = ThreadPoolExecutor(target.num_workers, f"reward-{target.name}")
+
+    def inspect(self) -> Takes:
+        """What the function takes, from one worker."""
+        self._workers[0].start()
+        return self._workers[0].takes
+
+    def start(self) -> Takes:
+        try:
+            list(self._threads.map(Worker.start, self._workers))
+        except RewardError:
+            self.close()
+            raise
+        return self._workers[0].takes
+
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers if worker.pid is not None]
+
+    def score(self, call: Call, timeout_s: float) -> list[Verdict]:
+        """One verdict per row, within about `timeout_s` seconds."""
+        deadline = time.monotonic() + timeout_s
+        size = CHUNK_ROWS if self._target.rowwise else max(1, len(call))
+        rows = range(len(call))
+        chunks = collections.deque(list(rows[i : i + size]) for i in rows[::size])
+        late = Verdict(VerdictKind.TIMEOUT, detail=f"not reached within {timeout_s:g} s")
+        verdicts = [late] * len(call)
+        lock = threading.Lock()
+
+        def drive(worker: Worker) -> None:
+            while True:
+                with lock:
+                    if not chunks or time.monotonic() > deadline:
+                        return
+                    pending = chunks.popleft()
+                while pending and time.monotonic() < deadline:
+                    done = worker.score(call.rows(pending), deadline)
+                    for row, verdict in zip(pending, done, strict=False):  # a prefix
+                        verdicts[row] = verdict
+                    pending = pending[len(done) :]
+
+        list(self._threads.map(drive, self._workers))
+        return verdicts
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.stop()
+        self._threads.shutdown()
+
+
+def encode(request: dict[str, Any], name: str) -> bytes:
+    """A request as JSON; RewardError names the column that cannot travel."""
+    try:
+        return json.dumps(request, default=_plain).encode()
+    except TypeError as error:
+        for column, values in request["arguments"].items():
+            try:
+                json.dumps(values, default=_plain)
+            except TypeError as cause:
+                raise RewardError(
+                    f"reward {name!r} runs in a worker and takes column {column!r}, which cannot "
+                    f"travel there as JSON: {cause}. Drop the column, or pass the function as a "
+                    "Python callable"
+                ) from error
+        raise
+
+
+def _plain(value: Any) -> Any:
+    """numpy scalars and arrays as numbers and lists, dates as ISO text."""
+    for method in ("tolist", "isoformat"):
+        if callable(getattr(value, method, None)):
+            return getattr(value, method)()
+    raise TypeError(f"{type(value).__name__} {str(value)[:60]!r}")
+
+
+def _read(item: list[Any]) -> Verdict:
+    kind, value, detail = item
+    return Verdict(VerdictKind(kind), read_value(value).value, detail)
+
+
+def _named(name: str, message: str) -> str:
+    return message if message.startswith("reward ") else f"reward {name!r}: {message}"
