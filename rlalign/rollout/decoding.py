@@ -1,0 +1,162 @@
+"""Continuous batching: which rows are decoded together, from prompt to last token.
+
+    queue of groups ─ admit (prompt read once, cache repeated) ─▶ rows ─ step ─ sample ─┐
+                                                                   ▲                     │
+                            rows that go on  ◀─ finished ones leave ┴─────────────────────┘
+
+How logits are made is the `Decoder`'s business; what is drawn depends on a row's own seed and
+prompt alone, so the order of the queue and the size of the batch change nothing but the speed.
+
+Shapes: B rows being decoded, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
+from rlalign.rollout.sampling import sample
+from rlalign.types import FINISH_LENGTH, FINISH_STOP
+
+PREFILL_TOKENS = (
+    8192  # prompt tokens, padding included, in one forward pass: bounds its activations
+)
+REFILL_SHARE = 4  # prompts join once a quarter of the rows is free: fewer, larger prefills
+
+
+class Decoder(Protocol):
+    """A model with a cache of B rows."""
+
+    refills: bool  # `admit` works while rows are being decoded; else only with none
+
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> torch.Tensor:
+        """Read each prompt once and append `copies[i]` rows for it to the cache. Next-token logits
+        of the new rows, [new rows, V]."""
+        ...
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Append one token to every row; next-token logits [B, V]."""
+        ...
+
+    def keep(self, index: Sequence[int]) -> None:
+        """Row i becomes what row `index[i]` was; the others are dropped."""
+        ...
+
+
+@dataclass(slots=True)
+class Row:
+    """One completion in the making."""
+
+    seed: int
+    tokens: list[int] = field(default_factory=list)
+    logps: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """Rows of one prompt that enter together."""
+
+    prompt: tuple[int, ...]
+    rows: list[Row]
+
+
+def decode(
+    decoder: Decoder,
+    requests: Sequence[GenerateRequest],
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    max_batch_size: int,
+    device: torch.device,
+) -> list[list[Row]]:
+    """One row per seed of each request, in order, all finished. EngineError on logits of NaN."""
+    completions = [[Row(seed) for seed in request.seeds] for request in requests]
+    queue = plan(requests, completions, max_batch_size)
+    rows: list[Row] = []
+    while queue or rows:
+        entering = take(queue, len(rows), max_batch_size, decoder.refills)
+        if entering:
+            new = [row for admission in entering for row in admission.rows]
+            logits_BV = decoder.admit(
+                [admission.prompt for admission in entering],
+                [len(admission.rows) for admission in entering],
+            )
+            rows += new
+        else:
+            new = rows
+            logits_BV = decoder.step([row.tokens[-1] for row in rows])
+        draw(new, logits_BV, params, stop_ids, device)
+        if any(row.finish_reason for row in new):
+            index = survivors(rows)
+            decoder.keep(index)
+            rows = [rows[i] for i in index]
+    return completions
+
+
+def plan(
+    requests: Sequence[GenerateRequest], completions: Sequence[list[Row]], max_batch_size: int
+) -> deque[Admission]:
+    """The rows of each prompt, in pieces of at most `max_batch_size`, longest prompt first: prompts
+    read together are then of similar length, and the last ones to enter are the quickest."""
+    queue = []
+    for request, rows in zip(requests, completions, strict=True):
+        for start in range(0, len(rows), max_batch_size):
+            piece = rows[start : start + max_batch_size]
+            queue.append(Admission(tuple(request.token_ids), piece))
+    return deque(sorted(queue, key=lambda admission: -len(admission.prompt)))
+
+
+def take(
+    queue: deque[Admission], active: int, max_batch_size: int, refills: bool
+) -> list[Admission]:
+    """Remove from the queue what can enter now, beside `active` rows."""
+    free = max_batch_size - active
+    waiting = bool(queue) and (refills or active == 0)
+    if not waiting or (active and free * REFILL_SHARE < max_batch_size):
+        return []
+    entering: list[Admission] = []
+    while queue and len(queue[0].rows) <= free:
+        # The first prompt is the longest, so it sets the width of them all.
+        if entering and (len(entering) + 1) * len(entering[0].prompt) > PREFILL_TOKENS:
+            break
+        entering.append(queue.popleft())
+        free -= len(entering[-1].rows)
+    return entering
+
+
+def draw(
+    rows: Sequence[Row],
+    logits_BV: torch.Tensor,
+    params: SamplingParams,
+    stop_ids: frozenset[int],
+    device: torch.device,
+) -> None:
+    """Append one token to each row, and the reason where it ends there. EngineError on NaN."""
+    seed_B = torch.tensor([row.seed for row in rows], device=device)
+    step_B = torch.tensor([len(row.tokens) for row in rows], device=device)
+    token_B, logp_B = sample(logits_BV, seed_B, step_B, params)
+    for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
+        if math.isnan(logp):
+            raise EngineError(
+                "the model's logits are not finite, so nothing can be sampled from it: the weights "
+                "diverged. Go back to an earlier checkpoint and lower the learning rate."
+            )
+        row.tokens.append(token)
+        row.logps.append(logp)
+        if token in stop_ids:
+            row.finish_reason = FINISH_STOP
+        elif len(row.tokens) == params.max_completion_length:
+            row.finish_reason = FINISH_LENGTH
+
+
+def survivors(rows: Sequence[Row]) -> list[int]:
+    """Indices of the unfinished rows, the last of them in the gaps: few rows change place."""
+    alive = [i for i, row in enumerate(rows) if not row.finish_reason]
+    movers = [i for i in alive if i >= len(alive)]
+    return [i if not rows[i].finish_reason else movers.pop() for i in range(len(alive))]
