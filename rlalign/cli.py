@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 app = typer.Typer(
     add_completion=False,
@@ -120,6 +121,24 @@ def doctor(
         raise typer.Exit(1)
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Which benchmark, e.g. train.")],
+    quick: Annotated[bool, typer.Option(help="Fewer repetitions.")] = False,
+    json: Annotated[Path | None, typer.Option(help="Also write the result here.")] = None,
+) -> None:
+    """Measure against the named peers in one run; medians and spreads.
+
+    Example: `rlalign bench train --quick`
+    """
+    from rlalign import bench as benchmarks
+
+    result = benchmarks.run(name, quick=quick, json_path=json)
+    out.print(benchmarks.render(result))
+    if not all(bar["holds"] for bar in result["bars"]):
+        raise typer.Exit(1)
+
+
 def _print_result(result) -> None:
     before, after = result.summary["eval"]["before"], result.summary["eval"]["after"]
     out.print(
@@ -137,12 +156,13 @@ def _print_result(result) -> None:
 
 def main() -> None:
     """Run a command; expected failures end with their cause and fix, and exit status 1."""
-    from rlalign.errors import expected_errors
+    from rlalign.errors import RlalignError
 
     try:
         app()
-    except expected_errors() as error:
-        err.print(f"[red]error:[/red] {type(error).__name__}: {error}", markup=True, soft_wrap=True)
+    except RlalignError as error:
+        text = escape(f"{type(error).__name__}: {error}")
+        err.print(f"[red]error:[/red] {text}", soft_wrap=True, highlight=False)
         sys.exit(1)
     except KeyboardInterrupt:
         err.print("interrupted; `--resume` goes on from the last checkpoint")

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -36,6 +37,14 @@ class Collected:
     rollout_s: float = 0.0
     reward_s: float = 0.0
     generated_tokens: int = 0  # of all groups rolled out, kept or not
+
+    def figures(self) -> dict[str, Any]:
+        """All but the groups and their scores."""
+        return {
+            "rollout_s": self.rollout_s,
+            "reward_s": self.reward_s,
+            "generated_tokens": self.generated_tokens,
+        }
 
     def select(self, indices: Sequence[int]) -> Collected:
         """These groups only; times and generated tokens stay those of the whole rollout. Error
@@ -101,14 +110,17 @@ def roll_out(
     failure = None
     try:
         local = _sample_and_score(engine, scorer, prompts[mine], requests[mine], params)
-        payload = wire.encode(local)
+        payload = wire.encode(local.groups, local.scores, local.figures())
     except Exception as error:  # raised again below, on every process, once the peers know
         failure, payload = error, wire.encode_failure(error)
     payloads = world.all_gather_bytes(payload, "rollout exchange")
     failures = [f"rank {r}: {text}" for r, p in enumerate(payloads) if (text := wire.failure(p))]
     if failures:
         raise RolloutError("; ".join(failures)) from failure
-    parts = [wire.decode(p, prompts[r :: world.size]) for r, p in enumerate(payloads)]
+    parts = []
+    for r, payload in enumerate(payloads):
+        groups, scores, figures = wire.decode(payload, prompts[r :: world.size])
+        parts.append(Collected(groups, scores, **figures))
     whole = Collected(
         rollout_s=max(part.rollout_s for part in parts),
         reward_s=max(part.reward_s for part in parts),

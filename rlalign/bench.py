@@ -1,0 +1,71 @@
+"""Finds and runs the project's benchmarks (benchmarks/*.py) and prints their tables.
+
+A benchmark is a script with `run(quick: bool) -> dict` that returns
+`{"name", "machine", "rows": [...], "bars": [{"what", "value", "bar", "holds"}]}`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from rlalign.errors import RlalignError
+
+FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+class BenchError(RlalignError):
+    """There is no such benchmark, or its peers are not installed."""
+
+
+def names() -> list[str]:
+    return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
+
+
+def run(name: str, *, quick: bool = False, json_path: Path | None = None) -> dict[str, Any]:
+    """Run benchmark `name`; `quick` takes fewer repetitions. The result is also written to
+    `json_path`. Raises BenchError for an unknown name or outside a source checkout."""
+    path = FOLDER / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(names()) or f"none: {FOLDER} is not there, run from a source checkout"
+        raise BenchError(f"no benchmark {name!r}; there are: {known}")
+    result = _load(path).run(quick=quick)
+    if json_path is not None:
+        json_path.write_text(json.dumps(result, indent=2) + "\n")
+    return result
+
+
+def render(result: Mapping[str, Any]) -> Group:
+    """The rows as one table and the bars as another."""
+    rows = Table(title=f"{result['name']} on {result['machine']}")
+    columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    for column in columns:
+        rows.add_column(column, overflow="fold")
+    for row in result["rows"]:
+        rows.add_row(*(_text(row.get(column)) for column in columns))
+    bars = Table("bar", "value", "wanted", "holds")
+    for bar in result["bars"]:
+        holds = "[green]yes[/green]" if bar["holds"] else "[red]no[/red]"
+        bars.add_row(bar["what"], _text(bar["value"]), _text(bar["bar"]), holds)
+    return Group(rows, bars)
+
+
+def _load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"rlalign_benchmarks_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,54 @@
+"""What one process sends is what the others read, bit for bit."""
+
+import math
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlalign.trainer import wire
+from rlalign.types import Group, Prompt, Sample, Scores, VersionSpan
+
+finite = st.floats(allow_nan=False, width=64)
+
+
+@st.composite
+def samples(draw):
+    tokens = draw(st.lists(st.integers(0, 2**31 - 1), max_size=6))
+    logp = draw(st.lists(finite, min_size=len(tokens), max_size=len(tokens)))
+    return Sample(
+        prompt_id=draw(st.text(max_size=4)),
+        index=draw(st.integers(0, 99)),
+        token_ids=tuple(tokens),
+        logp=tuple(logp),
+        finish_reason=draw(st.sampled_from(["stop", "length", "abort"])),
+        spans=(VersionSpan(len(tokens), draw(st.integers(0, 9))),),
+        text=draw(st.text(max_size=8)),
+        parent=draw(st.none() | st.text(max_size=3)),
+    )
+
+
+@given(st.lists(st.lists(samples(), max_size=3), max_size=3))
+def test_groups_come_back_equal(parts):
+    prompts = [Prompt(str(i), (1,), "x") for i in range(len(parts))]
+    groups = [Group(p, tuple(part)) for p, part in zip(prompts, parts, strict=True)]
+    scores = [
+        Scores(torch.rand(len(part)), torch.rand(len(part)), {"f": torch.rand(len(part))})
+        for part in parts
+    ]
+    back, back_scores, figures = wire.decode(wire.encode(groups, scores, {"s": 0.1}), prompts)
+    assert back == groups and figures == {"s": 0.1}
+    for one, other in zip(scores, back_scores, strict=True):
+        assert torch.equal(one.reward_B, other.reward_B.float())
+        assert torch.equal(one.by_function["f"], other.by_function["f"].float())
+
+
+def test_unscorable_rewards_and_error_counts_survive():
+    scores = Scores(torch.tensor([math.nan, 1.0]), torch.tensor([0.0, 1.0]), {}, {"timeout": 1})
+    _, [back], _ = wire.decode(wire.encode([], [scores], {}), [])
+    assert math.isnan(back.reward_B[0]) and back.errors == {"timeout": 1}
+
+
+def test_a_failure_carries_its_cause_and_a_result_carries_none():
+    assert wire.failure(wire.encode_failure(ValueError("no memory"))) == "ValueError: no memory"
+    assert wire.failure(wire.encode([], [], {})) is None
