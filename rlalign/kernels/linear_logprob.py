@@ -234,7 +234,9 @@ class _ChunkedLogProb(torch.autograd.Function):
         rows: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = _accumulator(hidden_ND.dtype)
-        logp_N, entropy_N, lse_N, mean_N = hidden_ND.new_zeros(4, len(target_N), dtype=dtype)
+        logp_N, lse_N, entropy_N, mean_N = (
+            hidden_ND.new_zeros(len(target_N), dtype=dtype) for _ in range(4)
+        )
         valid = (target_N != ignore_index).nonzero()[:, 0]
         for at in valid.split(rows):
             logits_CV = _logits(_rows(hidden_ND, at), weight_VD, bias_V, transform)

@@ -107,10 +107,15 @@ def make_pack(sequences: Sequence[Sequence[int]], device: torch.device | str | N
     )
 
 
+def replaceable(model: PreTrainedModel) -> bool:
+    """Whether the model's attention is called through transformers' attention interface."""
+    return type(model)._can_set_attn_implementation()
+
+
 def install(model: PreTrainedModel) -> None:
     """Switch `model` to the attention of this module. Raises PackingError where it cannot."""
     _refuse_unless(
-        type(model)._can_set_attn_implementation(),
+        replaceable(model),
         model,
         "its attention is not replaceable (it predates transformers' attention interface)",
     )
@@ -154,7 +159,12 @@ def padded_hidden(model: PreTrainedModel, pack: Pack) -> Tensor:
         attention_mask=real_ST.to(ids.device),
         use_cache=False,
     ).last_hidden_state
-    return _Collect.apply(hidden.flatten(0, 1), cell_N)
+    return collect(hidden.flatten(0, 1), cell_N)
+
+
+def collect(rows: Tensor, index_n: Tensor) -> Tensor:
+    """Rows `index_n` (no index twice) of `rows`: index_select with a quick gradient."""
+    return _Collect.apply(rows, index_n)
 
 
 def _refuse_unless(fine: bool, model: nn.Module, reason: str) -> None:
@@ -304,7 +314,7 @@ def _to_grid(rows: Tensor, bucket: Bucket) -> Tensor:
 
 def _from_grid(grid: Tensor, bucket: Bucket) -> Tensor:
     cells = grid.flatten(0, 1)
-    return cells if bucket.cell_n is None else _Collect.apply(cells, bucket.cell_n)
+    return cells if bucket.cell_n is None else collect(cells, bucket.cell_n)
 
 
 def _attend(

@@ -1,0 +1,91 @@
+"""Low-rank adapters (PEFT) inside an HF model: attach, switch off, and merge while reading.
+
+W' = W + (alpha / rank) B A        Hu et al. 2021, arXiv 2106.09685, section 4.1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlalign.config.schema import LoraConfig
+from rlalign.models.errors import ModelError
+
+ADAPTER = "default"
+
+
+def attach_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
+    """Freeze `model` and insert adapters, drawn from `seed`; at first they change nothing (B = 0).
+
+    Raises ModelError when `target_modules` matches no layer.
+    """
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number does
+        lora_dropout=config.dropout,
+        target_modules=config.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    model.requires_grad_(False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            model.add_adapter(peft_config, ADAPTER)
+        except ValueError as error:
+            raise ModelError(
+                f"LoRA cannot be attached to {type(model).__name__}: {error} Set "
+                "model.lora.target_modules to a regex of layer names, or to all-linear."
+            ) from error
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """The base model for a while. Only a flag moves: `requires_grad` and optimizer hooks stay."""
+    layers = [layer for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+@torch.no_grad()
+def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters of `model` under the names it had before `attach_lora`, adapters merged, one
+    tensor at a time; without adapters the parameters themselves. Tied weights come once."""
+    for name, parameter in model.named_parameters():
+        layer_name, _, leaf = name.partition(".base_layer.")
+        if leaf == "weight":
+            layer = model.get_submodule(layer_name)
+            assert isinstance(layer, LoraLayer)
+            delta = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
+            merged = parameter.float() + delta.float()
+            yield f"{layer_name}.weight", merged.to(parameter.dtype)
+        elif leaf:
+            yield f"{layer_name}.{leaf}", parameter.detach()
+        elif ".lora_" not in name:
+            yield name, parameter.detach()
+
+
+def save_weights(model: PreTrainedModel, path: Path) -> None:
+    """Write an HF folder of `model`; with adapters, the merged model, and the adapters alone in
+    `path`/adapter."""
+    if not getattr(model, "_hf_peft_config_loaded", False):
+        model.save_pretrained(path)
+        return
+    model.save_pretrained(path / "adapter")
+    model._hf_peft_config_loaded = False  # else save_pretrained writes the adapters only
+    try:
+        model.save_pretrained(path, state_dict=dict(merged_weights(model)))
+    finally:
+        model._hf_peft_config_loaded = True

@@ -1,0 +1,241 @@
+"""The policy: token sequences in, log-probs of their completion tokens out.
+
+    logp_bt = log softmax(z / temperature)[token t of completion b],  z = head(backbone(prefix))
+
+Rows are packed without padding (models/packed.py), each without its last token, whose prediction
+nobody needs; the head (kernels/linear_logprob.py) sees only the positions that predict completion
+tokens. The temperature is the sampling temperature: otherwise ratios compare two distributions.
+
+Shapes: B rows, T completion columns, N packed tokens, M completion tokens, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from rlalign.config.schema import ModelConfig
+from rlalign.models.errors import ModelError
+from rlalign.models.head import build_head
+from rlalign.models.load import load_causal_lm
+from rlalign.models.lora import adapters_off, attach_lora, merged_weights, save_weights
+from rlalign.models.packed import (
+    collect,
+    install,
+    make_pack,
+    packed_hidden,
+    padded_hidden,
+    replaceable,
+)
+from rlalign.types import TrainBatch
+
+
+class PolicyOutput(NamedTuple):
+    """float32 [B, T], 0 where a row has no token; `entropy_BT` is None unless asked for."""
+
+    logp_BT: Tensor
+    entropy_BT: Tensor | None
+
+
+class Policy(nn.Module):
+    """An HF causal LM, its head as log-probs, and (if asked for) a frozen reference.
+
+    `model` is the HF model itself; a rollout engine may share it. With LoRA the reference is the
+    model with its adapters off; otherwise a frozen copy, held outside the module tree so that no
+    engine partitions or saves it (each process keeps it whole).
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        reference: PreTrainedModel | None = None,
+        packing: bool = True,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.head = build_head(model)
+        self.packing = packing
+        self._lora = any(".lora_" in name for name, _ in model.named_parameters())
+        self._reference: list[Policy] = []
+        if packing or replaceable(model):  # else: the model's own attention
+            install(model)
+        if reference is not None:
+            self._reference.append(Policy(reference.requires_grad_(False).eval(), packing=packing))
+
+    @classmethod
+    def from_config(
+        cls,
+        config: ModelConfig,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        with_reference: bool = False,
+        packing: bool = True,
+    ) -> Policy:
+        """Load the model, switch dropout off, attach adapters and checkpointing as configured.
+
+        Raises ModelError (or PackingError) where the model cannot be loaded, or where log-probs
+        computed here differ from the model's own.
+        """
+        model = _without_dropout(load_causal_lm(config, seed, device))
+        reference = None
+        if with_reference and not config.lora.rank:
+            reference = _without_dropout(load_causal_lm(config, seed, device))
+        if config.lora.rank:
+            attach_lora(model, config.lora, seed)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy = cls(model, reference=reference, packing=packing)
+        policy.check()
+        return policy.train()
+
+    def forward(
+        self,
+        batch: TrainBatch,
+        temperature: float = 1.0,
+        entropy: bool = False,
+        reference: bool = False,
+    ) -> PolicyOutput:
+        """Log-probs (and entropies, nats) of the batch's completion tokens, by the current policy
+        or by the reference, at `temperature` > 0.
+
+        A batch without completion tokens runs one idle token, and its output is connected to the
+        graph of every parameter, with gradients of zero.
+        Raises ValueError for a completion without a prompt token before it.
+        """
+        if not reference:
+            return self._score(batch, temperature, entropy)
+        if self._lora:
+            with adapters_off(self.model):
+                return self._score(batch, temperature, entropy)
+        if not self._reference:
+            raise ModelError("no reference model was loaded; build the policy with_reference=True")
+        (frozen,) = self._reference
+        return frozen.to(self.head.weight.device)(batch, temperature, entropy)
+
+    @torch.no_grad()
+    def reference_logp(self, batch: TrainBatch, temperature: float = 1.0) -> Tensor:
+        """Log-probs [B, T] by the reference. Raises ModelError where there is none."""
+        return self(batch, temperature, reference=True).logp_BT
+
+    def named_rollout_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What a rollout engine loads: HF names and whole tensors, LoRA merged one at a time.
+
+        A tied head comes once, under the embedding's name, as `save_pretrained` writes it.
+        Parameters must be whole: under ZeRO-3 iterate within the engine's `full_parameters()`.
+        """
+        return merged_weights(self.model)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write an HF folder; with LoRA the merged model, and the adapters in `path`/adapter."""
+        save_weights(self.model, Path(path))
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Raise ModelError unless log-probs computed here are the model's own, on two rows."""
+        rows = ((1, 0, 1, 2, 3), (2, 1, 0))
+        self.eval()
+        actual_BT = self(_probe(rows)).logp_BT
+        for row, logp_T in zip(rows, actual_BT, strict=True):
+            ids = torch.tensor([row], device=actual_BT.device)
+            logits_TV = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            own_T = logits_TV.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            spread = float(logits_TV.abs().max()) + 1
+            error = float((logp_T[: len(own_T)] - own_T).abs().max())
+            tolerance = 4 * torch.finfo(self.model.dtype).eps ** 0.75 * spread
+            if not error <= tolerance:
+                raise ModelError(
+                    f"log-probs of {type(self.model).__name__} computed from its hidden states "
+                    f"differ from its own by {error:.2g}: this family does something to its logits "
+                    "or attention that rlalign does not know. Try trainer.packing=false; if that "
+                    "is refused too, add the family to rlalign/models/head.py."
+                )
+
+    def _score(self, batch: TrainBatch, temperature: float, entropy: bool) -> PolicyOutput:
+        device = self.head.weight.device
+        plan = _plan(batch)
+        pack = make_pack(plan.rows, device)
+        hidden_ND = (packed_hidden if self.packing else padded_hidden)(self.model, pack)
+        start_M = torch.tensor(pack.start).repeat_interleave(plan.length)
+        hidden_MD = collect(hidden_ND, (start_M + plan.offset_M).to(device))
+        scored = self.head(hidden_MD, plan.target_M.to(device), temperature, entropy)
+        shape, cell_M = batch.mask_BT.shape, plan.cell_M.to(device)
+        logp_BT = _scatter(scored.logp, cell_M, shape)
+        return PolicyOutput(logp_BT, _scatter(scored.entropy, cell_M, shape) if entropy else None)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What to run, and where its results go."""
+
+    rows: list[tuple[int, ...]]  # each without its last token
+    length: Tensor  # [rows] completion tokens of each
+    offset_M: Tensor  # position within its row of the token before each completion token
+    target_M: Tensor  # the completion tokens
+    cell_M: Tensor  # their cells in [B * T]
+
+
+def _plan(batch: TrainBatch) -> _Plan:
+    width = batch.mask_BT.shape[1]
+    length_B = batch.completion_len_B.cpu()
+    used = length_B.nonzero()[:, 0].tolist()
+    if not used:
+        return _idle_plan()
+    sequences = [batch.sequences[i] for i in used]
+    length = length_B[used]
+    prompt = torch.tensor([len(sequence) for sequence in sequences]) - length
+    if int(prompt.min()) < 1:
+        raise ValueError("a completion needs at least one prompt token before it")
+    column_M = torch.arange(int(length.sum()))
+    column_M = column_M - (length.cumsum(0) - length).repeat_interleave(length)
+    target = [t for s, n in zip(sequences, prompt.tolist(), strict=True) for t in s[n:]]
+    row_M = torch.tensor(used).repeat_interleave(length)
+    return _Plan(
+        rows=[sequence[:-1] for sequence in sequences],
+        length=length,
+        offset_M=column_M + (prompt - 1).repeat_interleave(length),
+        target_M=torch.tensor(target),
+        cell_M=row_M * width + column_M,
+    )
+
+
+def _idle_plan() -> _Plan:
+    """One token through the model, its log-prob nowhere: collectives need every process."""
+    zero = torch.zeros(1, dtype=torch.long)
+    return _Plan(rows=[(0,)], length=zero + 1, offset_M=zero, target_M=zero, cell_M=zero[:0])
+
+
+def _scatter(value_M: Tensor, cell_M: Tensor, shape: torch.Size) -> Tensor:
+    """Values put at their cells of zeros; those without a cell (an idle row's) are left out."""
+    empty = value_M.new_zeros(shape.numel())
+    return empty.index_copy(0, cell_M, value_M[: len(cell_M)]).view(shape)
+
+
+def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
+    """Ratios compare policies, so the forward pass may not be random; train mode stays possible."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0  # type: ignore[assignment]
+    return model
+
+
+def _probe(rows: tuple[tuple[int, ...], ...]) -> TrainBatch:
+    length_B = torch.tensor([len(row) - 1 for row in rows])
+    zeros_BT = torch.zeros(len(rows), int(length_B.max()))
+    return TrainBatch(
+        sequences=rows,
+        completion_len_B=length_B,
+        group_id_B=torch.zeros(len(rows), dtype=torch.long),
+        mask_BT=zeros_BT,
+        reward_B=torch.zeros(len(rows)),
+        logp_rollout_BT=zeros_BT,
+    )
