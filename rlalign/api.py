@@ -57,9 +57,8 @@ def evaluate(config: Config, *, checkpoint: str | Path | None = None) -> Mapping
     `checkpoint` is a model folder to evaluate in place of `config.model.path`.
     """
     from rlalign.trainer.build import open_evaluation
-    from rlalign.trainer.loop import evaluate as run_evaluation
 
     if checkpoint is not None:
         config.model.path = str(checkpoint)
-    with open_evaluation(config) as job:
-        return run_evaluation(job).metrics
+    with open_evaluation(config) as evaluation:
+        return evaluation().metrics

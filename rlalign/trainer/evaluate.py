@@ -14,8 +14,14 @@ from dataclasses import dataclass
 
 import torch
 
-from rlalign.types import Group
+from rlalign.config import Config
+from rlalign.rewards import Scorer
+from rlalign.rollout.engine import RolloutEngine, SamplingParams
+from rlalign.trainer.collect import make_requests, roll_out
+from rlalign.trainer.distributed import World
+from rlalign.types import Group, Prompt
 
+EVAL_STEP = -1  # keys evaluation seeds apart from those of training steps
 Z95 = 1.959963984540054
 
 
@@ -27,6 +33,25 @@ class EvalResult:
     num_samples: int
     num_unscorable: int
     metrics: dict[str, float]
+
+
+def run_evaluation(
+    rollout: RolloutEngine,
+    scorer: Scorer,
+    prompts: Sequence[Prompt],
+    config: Config,
+    world: World,
+) -> EvalResult:
+    """Sample `trainer.eval_samples` completions a prompt and grade them: greedy with one, else at
+    the rollout temperature, keyed by the seed."""
+    samples = config.trainer.eval_samples
+    params = SamplingParams(
+        max_completion_length=config.rollout.max_completion_length,
+        temperature=0.0 if samples == 1 else config.rollout.temperature,
+    )
+    requests = make_requests(prompts, [samples] * len(prompts), config.seed, EVAL_STEP, Counter())
+    collected = roll_out(rollout, scorer, prompts, requests, params, world)
+    return summarize(collected.groups, collected.all_scores().acc_B)
 
 
 def summarize(groups: Sequence[Group], acc_B: torch.Tensor, threshold: float = 0.5) -> EvalResult:

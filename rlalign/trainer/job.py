@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from rlalign.config import Config
 from rlalign.rewards import Scorer
@@ -68,6 +70,12 @@ class Job:
         if self.rollout.capabilities.shares_parameters:
             return self.engine.full_parameters()
         return nullcontext()
+
+    def rollout_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the rollout engine is sent: its own parameters back, or the merged HF weights."""
+        if self.rollout.capabilities.shares_parameters:
+            return self.policy.model.named_parameters()
+        return self.policy.named_rollout_weights()
 
     def stage(self, text: str) -> None:
         if self.world.is_main:

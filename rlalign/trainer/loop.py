@@ -18,7 +18,7 @@ from rlalign.tracking.rundir import package_versions
 from rlalign.trainer import record
 from rlalign.trainer.batch import check_versions, make_train_batch
 from rlalign.trainer.collect import Collected, make_requests, roll_out
-from rlalign.trainer.evaluate import EvalResult, summarize
+from rlalign.trainer.evaluate import EvalResult, run_evaluation
 from rlalign.trainer.job import Job
 from rlalign.trainer.publish import check_engine, publish
 from rlalign.trainer.schedule import lr_schedule
@@ -133,7 +133,7 @@ def publish_weights(job: Job, version: int) -> float:
     difference of the check sequence's log-probs, nats."""
     job.stage(f"publishing policy version {version}")
     with job.engine.full_parameters():
-        publish(job.rollout, job.policy.named_rollout_weights(), version)
+        publish(job.rollout, job.rollout_weights(), version)
     logp = sequence_logp(job.engine, job.check_sequence)
     with job.sampling():
         return check_engine(
@@ -142,19 +142,11 @@ def publish_weights(job: Job, version: int) -> float:
 
 
 def evaluate(job: Job) -> EvalResult:
-    """Held-out figures: greedy with one sample a prompt, else at the rollout temperature."""
-    config = job.config
-    samples = config.trainer.eval_samples
-    params = SamplingParams(
-        max_completion_length=config.rollout.max_completion_length,
-        temperature=0.0 if samples == 1 else config.rollout.temperature,
-    )
+    """Figures of the current policy on the held-out prompts."""
     prompts = list(job.eval_prompts or ())
-    requests = make_requests(prompts, [samples] * len(prompts), config.seed, -1, Counter())
     job.stage(f"evaluation on {len(prompts)} held-out prompts")
     with job.sampling():
-        collected = roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
-    return summarize(collected.groups, collected.all_scores().acc_B)
+        return run_evaluation(job.rollout, job.scorer, prompts, job.config, job.world)
 
 
 def _watch_skipped(job: Job, updated: UpdateResult) -> None:
