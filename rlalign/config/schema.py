@@ -234,6 +234,9 @@ class VllmConfig:
     )
     enable_prefix_caching: bool = option(True, "Share the prompt's cache within a group.")
     sleep_mode: bool = option(True, "Free the GPU between rollouts.")
+    timeout_s: float = option(
+        3600.0, "Deadline of one batch of rollouts in the engine, seconds.", gt=0
+    )
 
 
 @dataclass

@@ -1,0 +1,110 @@
+"""Weights on their way into an engine: checked and copied whole before the engine sees any of them.
+
+An engine that loads a stream in place is left with half a policy when the stream breaks. So the
+receiver keeps two host copies: the weights in use, and the ones arriving. Only a complete and valid
+set is handed on, and if the engine then fails to take it, the set in use is still here to put back.
+The digest is taken of what arrived, as it arrives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from rlalign.rollout.digest import WeightDigest
+from rlalign.rollout.engine import EngineError
+
+
+class WeightStage:
+    """Two sets of host tensors for the parameters of `model`, which may be on the meta device.
+
+    Names are those of `model.named_parameters()`; a tied weight may come under any of its names, or
+    under several with equal values. Copies are kept in `dtype`, the engine's.
+
+    >>> stage = WeightStage(model, torch.float32)                              # doctest: +SKIP
+    >>> digest = stage.receive(trainer_model.named_parameters())
+    >>> load(stage.arrived); stage.commit()
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        own = {id(param): name for name, param in model.named_parameters()}
+        everything = list(model.named_parameters(remove_duplicate=False))
+        self._own_name = {name: own[id(param)] for name, param in everything}
+        self._shapes = {name: param.shape for name, param in model.named_parameters()}
+        self._dtype = dtype
+        self.arrived: dict[str, torch.Tensor] = {}
+        self.in_use: dict[str, torch.Tensor] | None = None  # None: as read from the model folder
+
+    @torch.no_grad()
+    def receive(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
+        """Copy `parameters` into `arrived` and return the digest of what came.
+
+        A tensor may be freed as soon as the next one is asked for. Raises EngineError for an
+        unknown name, a wrong shape, a value that is not finite, a name sent twice, tied weights
+        that differ and missing names.
+        """
+        if not self.arrived:
+            self.arrived = {n: torch.empty(s, dtype=self._dtype) for n, s in self._shapes.items()}
+        digest = WeightDigest()
+        sent: set[str] = set()
+        filled: set[str] = set()
+        for name, tensor in parameters:
+            target = self._target(name, tensor)
+            if name in sent:
+                raise EngineError(f"weight {name!r} was sent twice in one update. {UNCHANGED}")
+            sent.add(name)
+            digest.add(name, tensor)
+            own_name = self._own_name[name]
+            if own_name not in filled:
+                filled.add(own_name)
+                target.copy_(tensor)
+                _check_finite(name, target)
+            elif not torch.equal(target, tensor.to(target)):
+                raise EngineError(
+                    f"{name} and {own_name} are one tied weight of this model, but were sent with "
+                    f"different values. {UNCHANGED} Untie the engine's model or tie the sender's."
+                )
+        missing = [name for name in self._shapes if name not in filled]
+        if missing:
+            raise EngineError(
+                f"{len(missing)} of {len(self._shapes)} weights were not sent (first: "
+                f"{missing[0]}). {UNCHANGED} Send the whole of model.named_parameters()."
+            )
+        return digest.hexdigest()
+
+    def commit(self) -> None:
+        """What arrived is in use now."""
+        self.arrived, self.in_use = self.in_use or {}, self.arrived
+
+    def _target(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        own_name = self._own_name.get(name)
+        if own_name is None:
+            known = ", ".join(list(self._shapes)[:3])
+            raise EngineError(
+                f"weight {name!r} is not one of this model's {len(self._shapes)} ({known}, ...). "
+                f"{UNCHANGED} Send names as in model.named_parameters() of the same model."
+            )
+        target = self.arrived[own_name]
+        if tensor.shape != target.shape:
+            raise EngineError(
+                f"{name} was sent with shape {tuple(tensor.shape)}, the model has "
+                f"{tuple(target.shape)}. {UNCHANGED}"
+            )
+        return target
+
+
+UNCHANGED = "The old weights stay in use."
+
+
+def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    # One pass without a scratch tensor: both extremes are NaN as soon as one element is.
+    low, high = torch.aminmax(tensor)
+    if not (math.isfinite(low) and math.isfinite(high)):
+        count = int((~tensor.isfinite()).sum())
+        raise EngineError(
+            f"{count} of {tensor.numel()} values of {name} are not finite: the policy diverged. "
+            f"{UNCHANGED} Go back to an earlier checkpoint and lower the learning rate."
+        )
