@@ -1,0 +1,189 @@
+"""Bad input ends with its cause, its fix and exit status 1, and leaves nothing behind."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from transformers import AutoTokenizer
+
+from rlalign import cli
+from rlalign.models.random import write_random_model
+from tests.support import ROOT, tiny_settings
+
+
+def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
+    """Exit status, stdout and stderr of `rlalign ARGUMENTS`, in this process."""
+    monkeypatch.setattr(sys, "argv", ["rlalign", *arguments])
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(tiny_settings(tmp_path)))
+    return path
+
+
+def no_eos(folder: Path) -> str:
+    write_random_model(folder / "no_eos")
+    file = folder / "no_eos" / "tokenizer_config.json"
+    settings = json.loads(file.read_text())
+    settings["eos_token"] = None
+    file.write_text(json.dumps(settings))
+    for name in ("generation_config.json", "special_tokens_map.json"):
+        (folder / "no_eos" / name).unlink(missing_ok=True)
+    assert AutoTokenizer.from_pretrained(folder / "no_eos").eos_token is None
+    return f"model.path={folder / 'no_eos'}"
+
+
+def empty_data(folder: Path) -> str:
+    (folder / "empty.jsonl").write_text("")
+    return f"task.train={folder / 'empty.jsonl'}"
+
+
+def raising_reward(folder: Path) -> str:
+    (folder / "bad_reward.py").write_text(
+        "def raises(prompts, completions, **columns):\n    raise KeyError('gold answer missing')\n"
+        "def hangs(prompts, completions, **columns):\n    import time\n    time.sleep(600)\n"
+    )
+    return "rewards.functions=[{name: 'bad_reward:raises'}]"
+
+
+CASES = {
+    "unknown key": (lambda folder: "algo.epsilonn=1", ["algo.epsilonn", "algo.epsilon"]),
+    "unknown algorithm": (lambda folder: "algo.loss_type=grop", ["grop", "'grpo'"]),
+    "missing model folder": (lambda folder: "model.path=./nowhere", ["./nowhere"]),
+    "tokenizer without EOS": (no_eos, ["end-of-sequence", "eos"]),
+    "missing data file": (lambda folder: "task.train=nothing.jsonl", ["nothing.jsonl"]),
+    "empty data set": (empty_data, ["empty.jsonl"]),
+    "prompt over the limit": (
+        lambda folder: "task.max_prompt_length=3",
+        ["max_prompt_length", "3"],
+    ),
+    "context too short": (
+        lambda folder: "rollout.max_completion_length=500",
+        ["max_completion_length", "64 positions"],
+    ),
+    "unknown reward": (
+        lambda folder: "rewards.functions=[{name: exact_mach}]",
+        ["exact_mach", "exact_match"],
+    ),
+    "reward that cannot be imported": (
+        lambda folder: "rewards.functions=[{name: 'no_such_module:reward'}]",
+        ["no_such_module"],
+    ),
+    "reward without its column": (
+        lambda folder: "rewards.functions=[{name: python_tests}]",
+        ["tests", "answer"],
+    ),
+    "GPU config on a CPU machine": (
+        lambda folder: "trainer.device=cuda",
+        ["cuda", "no usable GPU"],
+    ),
+    "ZeRO without DeepSpeed": (lambda folder: "trainer.zero_stage=2", ["zero_stage", "deepspeed"]),
+    "resume of nothing": (lambda folder: "--resume", ["there is no run"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bad_input_names_cause_and_fix_and_writes_nothing(
+    case, config, tmp_path, capsys, monkeypatch
+):
+    make, parts = CASES[case]
+    status, _, err = run(capsys, monkeypatch, "train", str(config), make(tmp_path))
+    assert status == 1
+    for part in parts:
+        assert part in err, err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("reward", "parts"),
+    [
+        ("raises", ["gold answer missing"]),
+        ("hangs", ["timeout", "rewards.timeout_s"]),
+    ],
+)
+def test_a_failing_reward_stops_the_run_and_keeps_what_was_recorded(
+    reward, parts, config, tmp_path, capsys, monkeypatch
+):
+    raising_reward(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    function = f"rewards.functions=[{{name: 'bad_reward:{reward}'}}]"
+    status, _, err = run(capsys, monkeypatch, "train", str(config), function, "rewards.timeout_s=2")
+    assert status == 1
+    for part in parts:
+        assert part in err, err
+    [left] = (tmp_path / "runs").iterdir()
+    assert (left / "config.yaml").exists() and not (left / "result.json").exists()
+
+
+def test_dry_run_prints_what_the_run_would_use_and_writes_nothing(
+    config, tmp_path, capsys, monkeypatch
+):
+    status, out, _ = run(
+        capsys, monkeypatch, "train", str(config), "algo.loss_type=gspo", "--dry-run"
+    )
+    assert status == 0
+    shown = yaml.safe_load(out)
+    assert shown["algo"]["importance_sampling_level"] == "sequence"
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["mini", "single_gpu", "multi_gpu"])
+def test_shipped_configs_resolve(name, capsys, monkeypatch):
+    path = str(ROOT / "configs" / "grpo" / f"{name}.yaml")
+    status, out, err = run(capsys, monkeypatch, "train", path, "--dry-run")
+    assert status == 0, err
+    assert yaml.safe_load(out)["algo"]["loss_type"] == "grpo"
+
+
+def test_the_single_gpu_config_trains_a_shrunken_model_on_its_kind_of_data(
+    tmp_path, capsys, monkeypatch
+):
+    """The same file, with a random miniature of the model and a CPU in place of the GPU."""
+    write_random_model(tmp_path / "model", "qwen2", hidden=32, max_positions=256)
+    rows = [{"prompt": f"Tom has {i} pens.", "answer": f"#### {i}"} for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = run(
+        capsys,
+        monkeypatch,
+        "train",
+        str(ROOT / "configs" / "grpo" / "single_gpu.yaml"),
+        f"model.path={tmp_path / 'model'}",
+        f"task.train={tmp_path / 'train.jsonl'}",
+        f"task.eval={tmp_path / 'train.jsonl'}",
+        f"tracking.runs_dir={tmp_path / 'runs'}",
+        "task.max_prompt_length=120",
+        "rollout.engine=hf",
+        "rollout.max_completion_length=8",
+        "rollout.logp_tolerance=1",
+        "trainer.device=cpu",
+        "trainer.prompts_per_step=2",
+        "trainer.max_steps=1",
+    )
+    assert status == 0, err
+    [left] = (tmp_path / "runs").iterdir()
+    assert json.loads((left / "result.json").read_text())["steps"] == 1
+
+
+def test_every_command_has_help_with_an_example():
+    for command in ("train", "eval", "verify", "report", "doctor", "bench"):
+        shown = subprocess.run(
+            [sys.executable, "-m", "rlalign.cli", command, "--help"],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert shown.returncode == 0 and "Example" in shown.stdout, command
