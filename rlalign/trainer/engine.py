@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from rlalign.errors import RlalignError
 from rlalign.trainer.distributed import World
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 STATE_KINDS = ("master", "exp_avg", "exp_avg_sq")
 
 
-class TrainEngineError(RuntimeError):
+class TrainEngineError(RlalignError):
     """The engine cannot be built or was misused; the message names the cause and the fix."""
 
 
