@@ -57,6 +57,19 @@ BUILTINS: Mapping[str, Builtin] = {
     "exact_match": Builtin(
         "rlalign.rewards.text:exact_match", "answer equals the `answer` column", correctness=True
     ),
+    "math": Builtin(
+        "rlalign.rewards.mathematics:math",
+        "answer equals the `answer` column as mathematics",
+        rowwise_timeout_s=5.0,
+        max_memory_bytes=4 << 30,
+        num_workers=None,
+        correctness=True,
+    ),
+    "python_tests": Builtin(
+        "rlalign.rewards.python_tests:python_tests",
+        "share of tests that the code passes, sandboxed",
+        correctness=True,
+    ),
     "format": Builtin(
         "rlalign.rewards.text:format", "think-then-answer, or a pattern", rowwise_timeout_s=5.0
     ),

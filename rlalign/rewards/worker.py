@@ -9,6 +9,7 @@ workers and lose only the row at fault; others lose the call.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import logging
 import os
@@ -120,10 +121,8 @@ class Worker:
         if self._process is None:
             return None
         returncode = self._process.poll()
-        try:
+        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # the whole group is gone already
         self._process.wait(EXIT_TIMEOUT_S)
         self._process = None
         self._channel.close()
@@ -165,10 +164,8 @@ class Worker:
         in all likelihood."""
         process = self._process
         assert process is not None
-        try:
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may live and talk nonsense
             process.wait(EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            pass  # it closed the connection, or answers nonsense, but lives
         tail = self._log_tail()
         returncode = self.stop()
         if returncode == -signal.SIGKILL:

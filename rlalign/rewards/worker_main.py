@@ -34,6 +34,7 @@ def main() -> None:
         limit_memory(setup["max_memory_bytes"])
     try:
         function = build(setup)
+        getattr(function, "load", lambda: None)()
         accepted = takes(function)
     except RewardError as error:
         return channel.send({"error": str(error)})
