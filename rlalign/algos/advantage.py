@@ -3,10 +3,10 @@
 Per group g with mean mu and standard deviation sd (ddof=1) over its n scorable samples:
 
     grpo                          (R - mu) / (sd + adv_eps); sd of the group, of the batch, or none
-                                  (Shao et al. 2024, arXiv 2402.03300, eq. 3; Liu et al. 2025,
+                                  (Shao et al. 2024, arXiv 2402.03300; Liu et al. 2025,
                                   arXiv 2503.20783 for none)
     rloo                          R - mean of the others = n/(n-1) (R - mu)
-                                  (Ahmadian et al. 2024, arXiv 2402.14740, eq. 9)
+                                  (Ahmadian et al. 2024, arXiv 2402.14740)
     reinforce_plus_plus           return-to-go of 1[t last] R - beta k1_t, whitened over the valid
                                   tokens of the global batch (Hu 2025, arXiv 2501.03262)
     reinforce_plus_plus_baseline  R - mu, then the same whitening

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from rlalign.errors import RlalignError
 
-class AlgoError(ValueError):
+
+class AlgoError(RlalignError, ValueError):
     """A setting or an input that makes no sense; the message names the key, the reason and the
     fix."""
 

@@ -3,7 +3,7 @@
     A_i = (R_i - mean_g R) / (std_g R + adv_eps)
     loss = 1/|S| sum_i 1/|y_i| sum_t [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta k3 ]
 
-Shao et al. 2024, arXiv 2402.03300, eq. 3 and 4. The KL coefficient is that of DeepSeek-R1.
+Shao et al. 2024, arXiv 2402.03300. The KL coefficient is that of DeepSeek-R1.
 """
 
 from rlalign.algos.base import Algorithm

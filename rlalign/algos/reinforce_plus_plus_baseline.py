@@ -4,6 +4,7 @@
     loss = 1/sum(m) sum_it [ -min(rho A, clip(rho, 1 - eps, 1 + eps) A) + beta k2 ]
 
 The whitening is over tokens: a group without signal gets the small common shift of the batch.
+The coefficient 0.01 is OpenRLHF's default.
 Hu 2025, arXiv 2501.03262.
 """
 

@@ -1,4 +1,4 @@
-"""Dynamic sampling: roll out until enough groups carry signal (DAPO, arXiv 2503.14476, sec. 3.2).
+"""Dynamic sampling: roll out until enough groups carry signal (DAPO, arXiv 2503.14476).
 
     sampler = DynamicSampler(prompts_per_step, cfg)
     while sampler.needed:

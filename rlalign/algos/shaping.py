@@ -1,13 +1,13 @@
 """What happens to rewards and masks before credit is given.
 
-Soft overlong punishment (DAPO, arXiv 2503.14476, eq. 13), with L the completion length including
+Soft overlong punishment (DAPO, arXiv 2503.14476), with L the completion length including
 the end-of-sequence token, M the limit and C the buffer: 0 for L <= M - C, -(L - (M - C)) / C *
 factor up to M, -factor above.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,7 +53,7 @@ def gradient_mask(
 
 def normalize_then_sum(
     by_function: Mapping[str, Tensor],
-    weights: Mapping[str, float],
+    weights: Sequence[float],
     group_id_B: Tensor,
     *,
     adv_eps: float = 1e-6,
@@ -61,18 +61,19 @@ def normalize_then_sum(
 ) -> Tensor:
     """Reward as the weighted sum of each function's group-normalised values: float32 [B].
 
-    A function that only varies a little then counts as much as one that varies a lot. NaN or inf
-    means the function does not apply: it enters no statistic and adds nothing; a sample to which
-    none applies is NaN. A function that is constant within a group adds exactly 0 there.
+    weights: one per function, in the order of `by_function`. A function that varies only a little
+    then counts as much as one that varies a lot. NaN or inf means the function does not apply: it
+    enters no statistic and adds nothing; a sample to which none applies is NaN. A function that is
+    constant within a group adds exactly 0 there.
     """
     total_B = torch.zeros(group_id_B.shape, dtype=torch.float64, device=group_id_B.device)
     applied_B = torch.zeros_like(total_B, dtype=torch.bool)
-    for name, value_B in by_function.items():
+    for value_B, weight in zip(by_function.values(), weights, strict=True):
         valid_B = value_B.isfinite()
         value64_B = torch.where(valid_B, value_B.double(), 0.0)
         stats = group_stats(value64_B, group_id_B, valid_B, tie_tol)
         scaled_B = (value64_B - stats.mean_B) / (stats.std_B + adv_eps)
-        total_B += torch.where(valid_B & ~stats.tied_B, weights[name] * scaled_B, 0.0)
+        total_B += torch.where(valid_B & ~stats.tied_B, weight * scaled_B, 0.0)
         applied_B |= valid_B
     return torch.where(applied_B, total_B, float("nan")).float()
 
