@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import torch
 
@@ -170,8 +171,9 @@ def local_split(name: str) -> float:
 def equal_rewards(name: str) -> float:
     cfg, case = config(name, beta=0.0), make_case()
     errors = []
-    for reward in (0.98, 0.1, 1.0, 0.0, -3.0, 1e9):
-        reward_B = torch.full((11,), reward)
+    rewards = (0.98, 0.1, 0.7, 1.0, 0.0, -3.0, 1e9)
+    for reward, dtype in itertools.product(rewards, (torch.float32, torch.float64)):
+        reward_B = torch.full((11,), reward, dtype=dtype)
         equal = case.batch.replace(reward_B=reward_B)
         acc_B = torch.ones(11)
         advantage_BT = credited(Case(case.logp_BT, equal, acc_B, case.kl_BT), cfg).advantage_BT

@@ -1,0 +1,150 @@
+"""`rlalign verify` holds for the shipped code, and fails for code that is subtly wrong."""
+
+import io
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+from rlalign import algos, verify
+from rlalign.algos import advantage, aggregate, kl, loss, mismatch, segments, surrogate
+from rlalign.verify import table
+
+CUSTOM = """
+import dataclasses
+from rlalign.algos import Algorithm, compute_advantages, get, policy_loss
+from rlalign.algos import advantage
+
+def half(reward_B, acc_B, group_id_B, mask_BT, cfg, *, kl_BT=None):
+    full_BT = advantage.compute_advantages(reward_B, acc_B, group_id_B, mask_BT, cfg, kl_BT=kl_BT)
+    return full_BT / 2
+
+def by_position(reward_B, acc_B, group_id_B, mask_BT, cfg, *, kl_BT=None):
+    groups_BT = reward_B.nan_to_num().view(-1, len(reward_B)).mean(0)[:, None] * mask_BT
+    return groups_BT
+
+GOOD = Algorithm("half", "GRPO at half speed.", "here", {"epsilon_high": 0.3}, credit=half)
+BAD = Algorithm("positional", "No groups.", "here", credit=by_position)
+"""
+
+
+@pytest.fixture(scope="module")
+def checks():
+    return verify.run()
+
+
+def failures(algorithm: str | None = None) -> set[str]:
+    return {check.name for check in verify.run(algorithm) if not check.ok}
+
+
+def test_every_property_of_every_algorithm_holds(checks):
+    assert [check for check in checks if not check.ok] == []
+    assert {check.algorithm for check in checks} == {table.SHARED, *algos.names()}
+
+
+def test_every_bound_is_tight_enough_to_notice_a_wrong_digit(checks):
+    golden = {"E[k2] is not the KL: 0.712 against 0.594 on the toy": 5e-4}
+    golden["without the tie guard the same twelve give |A| of 0.15 and 0.95"] = 0.01
+    for check in checks:
+        assert check.bound <= golden.get(check.name, 1e-5), check
+
+
+def test_one_algorithm_is_checked_alone():
+    labels = {check.algorithm for check in verify.run("reinforce++")}
+    assert labels == {table.SHARED, "reinforce_plus_plus"}
+
+
+def test_an_unknown_algorithm_is_refused():
+    with pytest.raises(algos.AlgoError, match="did you mean 'gspo'"):
+        verify.run("gpso")
+
+
+def _wrong_clip(ratio, advantage_BT, logp_BT, cfg):
+    clipped = ratio.clamp(1 - cfg.epsilon, 1 + cfg.epsilon_high)
+    return -clipped * advantage_BT, {}
+
+
+def _rescaled(function, factor):
+    return lambda *args, **kwargs: function(*args, **kwargs) * factor
+
+
+def _mutate(monkeypatch, name: str) -> None:
+    """One plausible mistake each."""
+    if name == "clip without min":
+        monkeypatch.setitem(surrogate.SURROGATES, "ppo_clip", _wrong_clip)
+    elif name == "population std":
+        stats = segments.group_stats
+
+        def biased(value_B, group_id_B, valid_B, tie_tol):
+            s = stats(value_B, group_id_B, valid_B, tie_tol)
+            n_B = s.count_B.clamp(min=1)
+            std_B = s.std_B * ((n_B - 1) / n_B).sqrt()
+            return segments.GroupStats(s.count_B, s.mean_B, std_B, s.tied_B)
+
+        monkeypatch.setattr(advantage, "group_stats", biased)
+    elif name == "no tie guard":
+        stats = segments.group_stats
+
+        def guardless(value_B, group_id_B, valid_B, tie_tol):
+            s = stats(value_B, group_id_B, valid_B, tie_tol)
+            return segments.GroupStats(s.count_B, s.mean_B, s.std_B, s.count_B < 1)
+
+        monkeypatch.setattr(advantage, "group_stats", guardless)
+    elif name == "k3 upside down":
+        monkeypatch.setattr(loss, "estimate_kl", lambda a, b, e: kl.estimate_kl(-a, -b, e))
+    elif name == "denominator off by one percent":
+        monkeypatch.setattr(aggregate, "segment_sum", _rescaled(aggregate.segment_sum, 1.01))
+    elif name == "correction is not the ratio":
+        monkeypatch.setattr(
+            mismatch, "_bounded", lambda w, cfg: torch.ones_like(w) * (w > 0) * 1.001
+        )
+    else:
+        raise ValueError(name)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "noticed_by"),
+    [
+        ("clip without min", "gradient = the closed form"),
+        ("clip without min", "ppo_clip: gradient -A rho, or 0 exactly where the clip says so"),
+        ("population std", "grpo: sum A = 0 and sum A^2 = n - 1 in every group"),
+        ("population std", "advantages = the formula in float64 loops"),
+        ("no tie guard", "equal rewards give exactly 0"),
+        ("k3 upside down", "loss = the formula in float64 loops"),
+        ("denominator off by one percent", "every mode and prompt weighting = float64 loops"),
+        ("correction is not the ratio", "ESS = (sum w)^2 / sum w^2 / n"),
+    ],
+)
+def test_a_mistake_in_the_shipped_code_is_noticed(monkeypatch, mistake, noticed_by):
+    _mutate(monkeypatch, mistake)
+    assert noticed_by in failures("grpo")
+
+
+def test_a_property_that_cannot_be_measured_does_not_hold():
+    check = table._check(
+        table.Property("p", "s", 1.0, lambda: math.nan, None), table.SHARED, math.nan
+    )
+    assert not check.ok
+
+
+def test_an_algorithm_from_outside_is_held_to_the_general_properties(tmp_path, monkeypatch):
+    (tmp_path / "outside_algorithms.py").write_text(CUSTOM)
+    monkeypatch.syspath_prepend(tmp_path)
+    good = [c for c in verify.run("outside_algorithms:GOOD") if c.algorithm == "half"]
+    assert good and all(check.ok for check in good)
+    # Its credit is its own, so the formula of the shared estimators is not its reference.
+    assert "advantages = the formula in float64 loops" not in {check.name for check in good}
+    assert "equal rewards give exactly 0" in failures("outside_algorithms:BAD")
+
+
+def test_the_table_names_the_failure_and_counts():
+    lines = [
+        table.Check("E[k1] = 0", table.SHARED, 0.0, 1e-9, True, "algebra"),
+        table.Check("A = 0", "grpo", 0.5, 1e-9, False, "algebra"),
+    ]
+    console = Console(width=120, file=io.StringIO(), record=True)
+    console.print(verify.render(lines))
+    text = console.export_text()
+    assert "E[k1] = 0" in text and "1 of 2 properties hold" in text
+    assert [("FAILS" in line) for line in text.splitlines() if "A = 0" in line] == [True]
