@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rlalign.config.schema import RewardsConfig, RewardSpec
-from rlalign.rewards.call import Call, Takes, bind, check_params, resolve
+from rlalign.rewards.call import Call, Takes, bind, resolve
 from rlalign.rewards.inprocess import InProcess
 from rlalign.rewards.verdict import RewardError, Verdict
 from rlalign.rewards.worker import Target, WorkerPool
 
 MAX_WORKERS = 4  # of a built-in that does not say
+DEADLINE_SHARE = 0.95  # of rewards.timeout_s, for rewards that keep the deadline themselves
 
 
 class Runner(Protocol):
@@ -70,6 +71,12 @@ BUILTINS: Mapping[str, Builtin] = {
         "share of tests that the code passes, sandboxed",
         correctness=True,
     ),
+    "reasoning_gym": Builtin(
+        "rlalign.tasks.reasoning_gym:reward",
+        "the verifier of a `reasoning_gym:<task>`",
+        rowwise_timeout_s=10.0,
+        correctness=True,
+    ),
     "format": Builtin(
         "rlalign.rewards.text:format", "think-then-answer, or a pattern", rowwise_timeout_s=5.0
     ),
@@ -78,6 +85,9 @@ BUILTINS: Mapping[str, Builtin] = {
     ),
     "length": Builtin("rlalign.rewards.text:length", "penalty outside a range of lengths"),
     "repetition": Builtin("rlalign.rewards.text:repetition", "penalty for repeated n-grams"),
+    "reward_model": Builtin("rlalign.rewards.reward_model:reward_model", "HF sequence classifier"),
+    "llm_judge": Builtin("rlalign.rewards.judge:llm_judge", "score by a chat model"),
+    "http": Builtin("rlalign.rewards.remote:http", "scores by a service of your own"),
 }
 
 _RUNNER_PARAMS = ("timeout_s", "num_workers", "max_memory_bytes")  # of built-ins in workers
@@ -139,16 +149,14 @@ def _make_builtin(name: str, builtin: Builtin, params: dict[str, Any], timeout_s
         row_timeout_s = timeout_s  # a pattern of the user's own may backtrack for ever
     if row_timeout_s is None:
         if "deadline_s" in signature.parameters:
-            params.setdefault("deadline_s", timeout_s)
-        check_params(signature, params, name=name)
-        return InProcess(name, factory(**params))
+            params.setdefault("deadline_s", DEADLINE_SHARE * timeout_s)
+        return InProcess(name, bind(factory, params, name=name))
     driving = {key: params.pop(key) for key in _RUNNER_PARAMS if key in params}
     row_timeout_s = float(driving.get("timeout_s", row_timeout_s))
     if "timeout_s" in signature.parameters:  # keeps the deadline itself; the kill is the backstop
         params["timeout_s"] = row_timeout_s
         row_timeout_s += 1.0
-    check_params(signature, params, name=name)
-    factory(**params)  # a bad value is an error here, before a process exists
+    bind(factory, params, name=name)  # a bad value is an error here, before a process exists
     workers = driving.get("num_workers", builtin.num_workers)
     return WorkerPool(
         Target(

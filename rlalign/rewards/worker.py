@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.rewards.call import Call, Takes
-from rlalign.rewards.channel import Channel
+from rlalign.rewards.channel import Channel, encode
 from rlalign.rewards.verdict import RewardError, Verdict, VerdictKind, read_value
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,8 @@ class Worker:
         row_s = self._target.row_timeout_s
         verdicts: list[Verdict] = []
         arguments = call.arguments(self.takes)
-        request = encode({"arguments": arguments, "num_rows": len(call)}, self._target.name)
+        body = {"arguments": arguments, "num_rows": len(call)}
+        request = encode(body, f"reward {self._target.name!r}, which runs in a worker,")
         try:
             self._channel.send_bytes(request, deadline)
             while len(verdicts) < len(call):
@@ -118,13 +119,13 @@ class Worker:
 
     def stop(self) -> int | None:
         """Kill the process with everything it started; its return code, None if there was none."""
-        if self._process is None:
+        process, self._process = self._process, None
+        if process is None:
             return None
-        returncode = self._process.poll()
+        returncode = process.poll()
         with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait(EXIT_TIMEOUT_S)
-        self._process = None
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait(EXIT_TIMEOUT_S)
         self._channel.close()
         os.close(self._lifeline)
         self._log.close()
@@ -163,7 +164,8 @@ class Worker:
         """Why the process is gone. A SIGKILL that is not ours is the kernel's out-of-memory killer
         in all likelihood."""
         process = self._process
-        assert process is not None
+        if process is None:
+            return Verdict(VerdictKind.CRASH, detail="the reward was closed while it ran")
         with contextlib.suppress(subprocess.TimeoutExpired):  # it may live and talk nonsense
             process.wait(EXIT_TIMEOUT_S)
         tail = self._log_tail()
@@ -199,6 +201,7 @@ class WorkerPool:
         self._target = target
         self._workers = [Worker(target) for _ in range(target.num_workers)]
         self._threads = ThreadPoolExecutor(target.num_workers, f"reward-{target.name}")
+        self._closed = False
 
     def inspect(self) -> Takes:
         """What the function takes, from one worker."""
@@ -229,10 +232,10 @@ class WorkerPool:
         def drive(worker: Worker) -> None:
             while True:
                 with lock:
-                    if not chunks or time.monotonic() > deadline:
+                    if self._closed or not chunks or time.monotonic() > deadline:
                         return
                     pending = chunks.popleft()
-                while pending and time.monotonic() < deadline:
+                while pending and not self._closed and time.monotonic() < deadline:
                     done = worker.score(call.rows(pending), deadline)
                     for row, verdict in zip(pending, done, strict=False):  # a prefix
                         verdicts[row] = verdict
@@ -242,34 +245,13 @@ class WorkerPool:
         return verdicts
 
     def close(self) -> None:
+        """Stop the workers, and wait for a `score` that another thread may be in."""
+        self._closed = True
         for worker in self._workers:
             worker.stop()
         self._threads.shutdown()
-
-
-def encode(request: dict[str, Any], name: str) -> bytes:
-    """A request as JSON; RewardError names the column that cannot travel."""
-    try:
-        return json.dumps(request, default=_plain).encode()
-    except TypeError as error:
-        for column, values in request["arguments"].items():
-            try:
-                json.dumps(values, default=_plain)
-            except TypeError as cause:
-                raise RewardError(
-                    f"reward {name!r} runs in a worker and takes column {column!r}, which cannot "
-                    f"travel there as JSON: {cause}. Drop the column, or pass the function as a "
-                    "Python callable"
-                ) from error
-        raise
-
-
-def _plain(value: Any) -> Any:
-    """numpy scalars and arrays as numbers and lists, dates as ISO text."""
-    for method in ("tolist", "isoformat"):
-        if callable(getattr(value, method, None)):
-            return getattr(value, method)()
-    raise TypeError(f"{type(value).__name__} {str(value)[:60]!r}")
+        for worker in self._workers:  # one may have been replaced meanwhile
+            worker.stop()
 
 
 def _read(item: list[Any]) -> Verdict:
