@@ -18,9 +18,11 @@ Written against DeepSpeed 0.19; what it relies on inside is listed in `_Zero`.
 
 from __future__ import annotations
 
+import gc
 import io
 import logging
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -92,7 +94,7 @@ class DeepSpeedEngine:
             if stage == 0
             else torch.optim.AdamW(params, **adamw_options(trainer.optim))
         )
-        with redirect_stdout(io.StringIO()):  # it prints memory figures as it builds
+        with _quiet_memory_report():
             self._engine, *_ = deepspeed.initialize(
                 model=self.module,
                 optimizer=self._optimizer,
@@ -312,6 +314,7 @@ def import_deepspeed(world: World) -> Any:
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", r"`torch\.distributed\..*` is deprecated", FutureWarning)
     accelerator: Any = get_accelerator()
     found = accelerator.device_name()
     if found != world.device.type:
@@ -324,6 +327,18 @@ def import_deepspeed(world: World) -> Any:
     ensure_process_group(world)
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     return deepspeed
+
+
+@contextmanager
+def _quiet_memory_report() -> Iterator[None]:
+    """DeepSpeed's bfloat16 optimizer prints memory figures while it is built, each after a full
+    garbage collection, which takes seconds unless the objects alive now are left out."""
+    gc.freeze()
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        gc.unfreeze()
 
 
 def _shape(param: nn.Parameter) -> torch.Size:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 FILE_BYTES = 2**28
 
@@ -35,7 +35,7 @@ class TensorWriter:
 
     def _flush(self) -> None:
         name = f"tensors_{self._num_files:05d}.safetensors"
-        save_file(self._pending, self._folder / name)
+        safetensors.torch.save_file(self._pending, self._folder / name)
         self._index |= dict.fromkeys(self._pending, name)
         self._pending = {}
         self._num_files += 1
