@@ -21,7 +21,7 @@ def write_prompts(path: Path, count: int = 12) -> Path:
 
 
 def tiny_settings(folder: Path) -> dict[str, Any]:
-    """A run of seconds on a random model: the reward is how far a completion is from 6 tokens."""
+    """A run of seconds on a random model: letters a to f are worth 1, digits 0 to 4 half."""
     model = folder / "model"
     if not model.exists():
         write_random_model(model, "qwen2", hidden=32, layers=2, max_positions=64)
@@ -34,8 +34,8 @@ def tiny_settings(folder: Path) -> dict[str, Any]:
         "rollout": {"engine": "hf", "max_completion_length": 12},
         "rewards": {
             "functions": [
-                {"name": "length", "params": {"max_tokens": 6, "buffer_tokens": 6}},
-                {"name": "repetition", "weight": 0.5},
+                {"name": "regex", "params": {"pattern": "[a-f]", "full": False}},
+                {"name": "regex", "weight": 0.5, "params": {"pattern": "[0-4]", "full": False}},
             ]
         },
         "trainer": {

@@ -36,7 +36,6 @@ def run(job: Job) -> dict[str, Any]:
     publish_weights(job, progress.version)
     if job.eval_prompts and not progress.eval_before:
         progress.eval_before = evaluate(job).metrics
-    job.announce("eval", 0, progress.eval_before)
     while progress.step < config.trainer.max_steps:
         figures, rows = train_step(job)
         progress.step += 1

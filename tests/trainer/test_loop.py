@@ -4,12 +4,12 @@ and what each preset needs is there."""
 import json
 
 import pytest
+
 import rlalign
 from rlalign import algos
 from rlalign.rewards import RewardError
 from rlalign.rollout.hf import HFEngine
 from rlalign.trainer.publish import WeightSyncError
-
 from tests.support import ROOT, tiny_config
 
 
@@ -22,12 +22,13 @@ def test_reward_rises_and_log_probs_agree_at_every_step(tmp_path):
         "trainer.max_steps=12",
         "trainer.prompts_per_step=8",
         "algo.num_generations=8",
-        "rewards.functions=[{name: length, params: {max_tokens: 2, buffer_tokens: 10}}]",
     ]
     rows = rows_of(rlalign.train(tiny_config(tmp_path, overrides), quiet=True))
     first, last = (sum(row["reward"] for row in part) / 3 for part in (rows[:3], rows[-3:]))
     assert last > first + 0.1
-    for row in rows:
+    updated = [row for row in rows if not row["optim/empty_steps"]]
+    assert len(updated) >= 8
+    for row in updated:
         assert row["sampling/logp_diff/max"] <= 1e-4
         assert row["sampling/check_logp_diff"] <= 1e-4
 
