@@ -167,7 +167,9 @@ def local_split(name: str) -> float:
     return float(all(difference(other_BT, one_BT) < 1e-3 for other_BT in others))
 
 
-@per_algorithm("equal rewards give exactly 0", source="definition", bound=0.0)
+@per_algorithm(
+    "equal rewards give exactly 0", source="definition", bound=0.0, applies=shared_credit
+)
 def equal_rewards(name: str) -> float:
     cfg, case = config(name, beta=0.0), make_case()
     errors = []
