@@ -43,6 +43,7 @@ class Builtin:
     """A ready-made reward: a factory, and where its reward runs.
 
     `rowwise_timeout_s` puts it into killable workers, with that deadline for each row.
+    `may_hang` names params that put it there too, with the whole call's time for a row.
     `correctness` makes it the accuracy when no function is marked.
     """
 
@@ -52,11 +53,15 @@ class Builtin:
     max_memory_bytes: int | None = None
     num_workers: int | None = 1
     correctness: bool = False
+    may_hang: tuple[str, ...] = ()
 
 
 BUILTINS: Mapping[str, Builtin] = {
     "exact_match": Builtin(
-        "rlalign.rewards.text:exact_match", "answer equals the `answer` column", correctness=True
+        "rlalign.rewards.text:exact_match",
+        "answer equals the `answer` column",
+        correctness=True,
+        may_hang=("pattern",),
     ),
     "math": Builtin(
         "rlalign.rewards.mathematics:math",
@@ -145,7 +150,7 @@ def _make_builtin(name: str, builtin: Builtin, params: dict[str, Any], timeout_s
     factory = resolve(builtin.path)
     signature = inspect.signature(factory)
     row_timeout_s = builtin.rowwise_timeout_s
-    if row_timeout_s is None and "pattern" in params:
+    if row_timeout_s is None and set(builtin.may_hang) & set(params):
         row_timeout_s = timeout_s  # a pattern of the user's own may backtrack for ever
     if row_timeout_s is None:
         if "deadline_s" in signature.parameters:

@@ -1,0 +1,51 @@
+import asyncio
+import threading
+import time
+
+import pytest
+
+from rlalign.rewards import inprocess
+from rlalign.rewards.inprocess import InProcess
+from rlalign.rewards.verdict import RewardError, VerdictKind
+from tests.rewards.rows import call
+
+
+def test_a_callable_that_hangs_stops_the_run_and_names_the_way_out(monkeypatch):
+    monkeypatch.setattr(inprocess, "GRACE_S", 0.0)
+    release = threading.Event()
+
+    def stuck(completions):
+        release.wait(10)
+
+    try:
+        with pytest.raises(RewardError, match=r"'stuck' was still running.*import path"):
+            InProcess("stuck", stuck).score(call("a"), 0.1)
+    finally:
+        release.set()
+
+
+def test_a_coroutine_that_hangs_is_cancelled_and_only_masks():
+    cancelled = threading.Event()
+
+    async def slow(completions):
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            cancelled.set()
+            raise
+
+    start = time.monotonic()
+    verdicts = InProcess("slow", slow).score(call("a", "b"), 0.1)
+    assert [v.kind for v in verdicts] == [VerdictKind.TIMEOUT] * 2
+    assert cancelled.is_set()
+    assert time.monotonic() - start < 5
+
+
+def test_the_callable_sees_python_objects_as_they_are():
+    thing = object()
+
+    def same(completions, thing):
+        return [float(thing[0] is marker) for marker in [expected]]
+
+    expected = thing
+    assert InProcess("same", same).score(call("a", thing=[thing]), 5)[0].value == 1.0
