@@ -25,14 +25,8 @@ from rlalign.models.errors import ModelError
 from rlalign.models.head import build_head
 from rlalign.models.load import load_causal_lm
 from rlalign.models.lora import adapters_off, attach_lora, merged_weights, save_weights
-from rlalign.models.packed import (
-    collect,
-    install,
-    make_pack,
-    packed_hidden,
-    padded_hidden,
-    replaceable,
-)
+from rlalign.models.pack import collect, make_pack
+from rlalign.models.packed import install, packed_hidden, padded_hidden, replaceable
 from rlalign.types import TrainBatch
 
 

@@ -7,7 +7,8 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import rlalign.models.packed as packed
+from rlalign.models import packed
+from rlalign.models.pack import BUCKET_RATIO, PackingError, make_pack
 from rlalign.models.random import init_model, small_config
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2"]
@@ -48,7 +49,7 @@ def alone(model, rows):
 
 
 def together(model, rows, forward=packed.packed_hidden):
-    pack = packed.make_pack(rows)
+    pack = make_pack(rows)
     hidden = forward(model, pack)
     return [hidden[start : start + len(row)] for row, start in zip(rows, pack.start, strict=True)]
 
@@ -97,7 +98,7 @@ def test_a_sequence_does_not_depend_on_its_neighbours(architecture):
 def test_equal_lengths_need_no_padding_and_give_the_same(architecture):
     own, ours = pair(architecture)
     rows = sequences((11,) * 5)
-    assert [bucket.cell_n for bucket in packed.make_pack(rows).buckets] == [None]
+    assert [bucket.cell_n for bucket in make_pack(rows).buckets] == [None]
     assert_close(together(ours, rows), alone(own, rows), 1e-5)
 
 
@@ -112,7 +113,7 @@ def test_gradient_checkpointing_changes_nothing():
 
 
 def test_the_pack_lays_sequences_out_longest_first():
-    pack = packed.make_pack([(5, 6), (7, 8, 9)])
+    pack = make_pack([(5, 6), (7, 8, 9)])
     assert pack.input_ids_N.tolist() == [7, 8, 9, 5, 6]
     assert pack.position_ids_N.tolist() == [0, 1, 2, 0, 1]
     assert pack.start == (3, 0) and pack.boundaries.tolist() == [0, 3, 5]
@@ -120,10 +121,10 @@ def test_the_pack_lays_sequences_out_longest_first():
 
 def test_buckets_waste_little_and_cover_every_token():
     lengths = [1 + 13 * i % 97 for i in range(60)]
-    pack = packed.make_pack(sequences(lengths))
+    pack = make_pack(sequences(lengths))
     assert sum(bucket.tokens for bucket in pack.buckets) == sum(lengths)
     grid = sum(bucket.count * bucket.width for bucket in pack.buckets)
-    assert grid <= sum(lengths) / packed.BUCKET_RATIO
+    assert grid <= sum(lengths) / BUCKET_RATIO
 
 
 def test_an_installed_model_still_generates_like_before():
@@ -150,7 +151,7 @@ def test_no_quadratic_mask_is_built():
             return out
 
     with torch.no_grad(), Watch():
-        packed.packed_hidden(ours, packed.make_pack(rows))
+        packed.packed_hidden(ours, make_pack(rows))
     assert largest < 2048 * 2048
 
 
@@ -162,7 +163,7 @@ def test_attention_without_keyword_arguments_is_refused(monkeypatch):
         return inner(self, hidden_states, **kwargs)
 
     monkeypatch.setattr(type(ours.base_model.layers[0]), "forward", forgetful)
-    with pytest.raises(packed.PackingError, match=r"trainer\.packing=false"):
+    with pytest.raises(PackingError, match=r"trainer\.packing=false"):
         together(ours, sequences())
 
 
@@ -176,7 +177,7 @@ def test_layers_that_are_not_attention_are_refused():
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     packed.install(model)
-    with pytest.raises(packed.PackingError, match=r"Qwen3Next.*1 of its 2 layers"):
+    with pytest.raises(PackingError, match=r"Qwen3Next.*1 of its 2 layers"):
         together(model, sequences())
 
 
@@ -187,7 +188,7 @@ def test_attention_with_sinks_is_refused():
         num_experts_per_tok=1, layer_types=["full_attention"],
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
-    with pytest.raises(packed.PackingError, match="s_aux"):
+    with pytest.raises(PackingError, match="s_aux"):
         packed.install(model)
         together(model, sequences())
 
@@ -195,7 +196,7 @@ def test_attention_with_sinks_is_refused():
 def test_an_empty_pack_is_refused():
     for rows in ([], [(1, 2), ()]):
         with pytest.raises(ValueError, match="at least one sequence"):
-            packed.make_pack(rows)
+            make_pack(rows)
 
 
 def test_the_math_kernel_agrees():

@@ -190,7 +190,7 @@ def test_a_family_that_does_something_else_to_its_logits_is_refused(folder, monk
         return out
 
     monkeypatch.setattr(Qwen2ForCausalLM, "forward", doubled)
-    with pytest.raises(ModelError, match="Qwen2ForCausalLM.*differ from its own"):
+    with pytest.raises(ModelError, match=r"Qwen2ForCausalLM.*differ from its own"):
         build(folder)
 
 
@@ -281,7 +281,7 @@ def test_adapters_on_layers_that_do_not_exist_are_an_error(folder):
 
 
 def test_adapters_on_the_head_are_an_error(folder):
-    with pytest.raises(ModelError, match="leave it out of model.lora.target_modules"):
+    with pytest.raises(ModelError, match=r"leave it out of model\.lora\.target_modules"):
         build(folder, lora=LoraConfig(rank=2, target_modules=".*(q_proj|lm_head)"))
 
 
