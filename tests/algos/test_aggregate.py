@@ -124,7 +124,7 @@ def gradient(model: TinyPolicy, batch: TrainBatch, config: AlgoConfig, parts) ->
             )
             micro = micro.replace(weight_BT=weight_BT / len(parts))
         algos.policy_loss(model.logp(micro), micro, config).loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters()])
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
 SPLITS = [[[0, 1, 2], [3, 4, 5, 6, 7]], [[7], [3, 5], [0, 6, 1], [2, 4]], [[i] for i in range(8)]]

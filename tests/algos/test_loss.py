@@ -70,11 +70,11 @@ def test_correction_multiplies_after_clipping():
     logp_BT, batch = batch_of([1.5], [1.0], logp_rollout_BT=torch.tensor([[-2.5]]))
     config = cfg(mismatch={"rollout_is": "token", "rollout_is_max": 10.0})
     loss = algos.policy_loss(logp_BT, batch, config).loss
-    assert float(loss) == pytest.approx(-1.28 * math.exp(0.5))
+    assert loss.item() == pytest.approx(-1.28 * math.exp(0.5))
     truncated = cfg(mismatch={"rollout_is": "token", "rollout_is_max": 1.2})
-    assert float(algos.policy_loss(logp_BT, batch, truncated).loss) == pytest.approx(-1.28 * 1.2)
+    assert algos.policy_loss(logp_BT, batch, truncated).loss.item() == pytest.approx(-1.28 * 1.2)
     masked = cfg(mismatch={"rollout_is": "token", "rollout_is_max": 1.2, "rollout_is_mode": "mask"})
-    assert float(algos.policy_loss(logp_BT, batch, masked).loss) == 0.0
+    assert algos.policy_loss(logp_BT, batch, masked).loss.item() == 0.0
 
 
 def test_kl_in_the_loss_and_only_there():
@@ -102,7 +102,7 @@ def test_entropy_bonus_lowers_the_loss_by_its_mean():
 def test_bypass_puts_the_engine_under_the_ratio():
     logp_BT, batch = batch_of([1.0], [1.0], logp_rollout_BT=torch.tensor([[-2.1]]))
     loss = algos.policy_loss(logp_BT, batch, cfg(mismatch={"bypass_mode": True})).loss
-    assert float(loss) == pytest.approx(-math.exp(0.1))
+    assert loss.item() == pytest.approx(-math.exp(0.1))
 
 
 def test_the_gap_between_engine_and_trainer_is_reported_with_and_without_correction():
@@ -172,7 +172,7 @@ def test_half_precision_log_probs_are_compared_in_float32():
     half_BT = logp_BT.detach().bfloat16()
     loss = algos.policy_loss(half_BT, batch, cfg()).loss
     assert loss.dtype == torch.float32
-    assert float(loss) == pytest.approx(-math.exp(float(half_BT) + 2.0), rel=1e-6)
+    assert loss.item() == pytest.approx(-math.exp(float(half_BT) + 2.0), rel=1e-6)
 
 
 @pytest.mark.parametrize(
