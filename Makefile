@@ -39,7 +39,7 @@ test: setup ## the whole test suite
 lint: setup ## ruff, pyright, import-linter
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pyright --pythonpath $(BIN)/python
+	@$(BIN)/pyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-logo --no-cache
 
 lock: setup ## (maintainers) requirements/*.txt anew from pyproject.toml

@@ -218,11 +218,18 @@ def _pip_sources(plan: Plan) -> list[str]:
     """
     command = [plan.python, "-m", "pip", "config", "list"]
     listed = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    options = []
-    for key, value in re.findall(r"^\S*\.(find-links|index-url)=(.+)$", listed.stdout, re.M):
-        for source in ast.literal_eval(value).split():
-            options += ["--find-links" if key == "find-links" else "--default-index", source]
-    return options
+    settings = re.findall(r"^(\S*)\.(find-links|index-url)=(.+)$", listed.stdout, re.M)
+    index: list[str] = []
+    folders: dict[str, None] = {}
+    for _, key, value in sorted(
+        settings, key=lambda setting: setting[0] == ":env:"
+    ):  # it has the say
+        sources = ast.literal_eval(value).split()
+        if key == "index-url":
+            index = ["--default-index", *sources]
+        else:
+            folders |= dict.fromkeys(sources)
+    return index + [word for folder in folders for word in ("--find-links", folder)]
 
 
 def _install_torch(plan: Plan, steps: Steps, installers: list[list[str]]) -> None:
