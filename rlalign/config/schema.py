@@ -200,13 +200,20 @@ class TaskConfig:
     )
     eval: str | None = option(None, "Held-out data, same forms; unset: no evaluation.")
     params: dict[str, Any] = option(
-        {}, "Keyword arguments of the loader (split, size, subset, ...)."
+        {}, "Keyword arguments of the loader (columns, split, size, subset, ...): docs/data.md."
     )
     eval_params: dict[str, Any] = option(
-        {}, "The same for `eval`; unset keys fall back to `params`."
+        {},
+        "The same for `eval`; unset keys but split and seed fall back to `params`, where both are "
+        "the same kind of source.",
     )
     system_prompt: str | None = option(None, "Put before every conversation.")
     chat_template: str | None = option(None, "Jinja template that replaces the tokenizer's own.")
+    apply_chat_template: str = option(
+        "auto",
+        "Prompts that are plain strings become one user turn; auto: where there is a template.",
+        choices=("auto", "always", "never"),
+    )
     max_prompt_length: int = option(1024, "Longest prompt, in tokens.", ge=1)
     on_bad_row: str = option(
         "error", "A broken row stops the run, or is skipped and counted.", choices=("error", "skip")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from rlalign.errors import RlalignError
 
-class ModelError(RuntimeError):
+
+class ModelError(RlalignError):
     """A model or tokenizer cannot be used; the message names the cause and the fix."""

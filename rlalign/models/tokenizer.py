@@ -2,7 +2,7 @@
 
 Byte-level BPE without merges: ASCII text has one token per character, any Unicode text comes back
 (in normal form C once loaded from a Qwen2 folder), and no text is unknown. `<think>`, `</think>`,
-`<answer>` and `</answer>` are one token each; they are ordinary text (kept by `skip_special_tokens`)
+`<answer>` and `</answer>` are one token each, and ordinary text (kept by `skip_special_tokens`),
 because rewards read them. There is no beginning-of-sequence token. The chat template is the bare
 text of the turns, so a question asked as a string and as one user turn are the same tokens.
 """

@@ -1,15 +1,15 @@
 """The built-in mini task: chains of additions and subtractions, solved one step at a time.
 
-A question has 2 to 5 terms: the first is 0..99, the others 1..9, and every running value stays within
-0..99. Difficulty grows with the number of terms, and an answer is right or wrong, so a group of
-samples of one question often holds both: what every method here needs to learn from.
+A question has 2 to 5 terms: the first is 0..99, the others 1..9, and every running value stays
+within 0..99. Difficulty grows with the number of terms, and an answer is right or wrong, so a group
+of samples of one question often holds both: what every method here needs to learn from.
 
     prompt      84-9+8=?
     completion  <think>84-9=75
                 75+8=83</think><answer>83</answer>
 
-Everything is a function of a seed. One question in ten, chosen by a hash of its text, is held out: no
-training row and no demonstration ever shows it, whatever the seed.
+Everything is a function of a seed. One question in ten, chosen by a hash of its text, is held out:
+no training row and no demonstration ever shows it, whatever the seed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rlalign.tasks.errors import TaskError
+from rlalign.tasks.mini import MiniModel, MiniTask, WarmStart
 
 MIN_TERMS, MAX_TERMS = 2, 5
 LIMIT = 99  # largest running value
@@ -57,8 +58,8 @@ class Mistakes:
     """How a demonstrator errs: probabilities per step, and of writing no steps at all.
 
     A forgotten carry (or borrow) is systematic: 75+8=73, 84-9=85. A slip is off by one. Both leave
-    the rest of the chain right, as a person's would. Without steps the answer is the true one, so it
-    teaches guessing.
+    the rest of the chain right, as a person's would. Without steps the answer is the true
+    one, which teaches to guess.
     """
 
     carry: float = 0.0
@@ -179,3 +180,24 @@ def _erred(value: int, term: int, rng: random.Random, mistakes: Mistakes) -> int
 
 def _stays_in_range(value: int, terms: tuple[int, ...]) -> bool:
     return all(0 <= later <= LIMIT for later in running_values(value, terms))
+
+
+def _plain(seed: int) -> Iterator[tuple[str, str]]:
+    return demonstrations(seed, "plain", Mistakes())
+
+
+def _mistaken(seed: int) -> Iterator[tuple[str, str]]:
+    return demonstrations(seed, "mistaken", Mistakes(carry=0.6, slip=0.05, skip=0.15))
+
+
+TASK = MiniTask(
+    name="chain",
+    make_rows=make_rows,
+    is_correct=check_completion,
+    model=MiniModel(
+        phases=(
+            WarmStart("plain demonstrations", 300, 6e-3, 1e-2, _plain),
+            WarmStart("mistaken demonstrations", 60, 1.2e-3, 2e-3, _mistaken),
+        )
+    ),
+)

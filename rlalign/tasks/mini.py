@@ -1,0 +1,74 @@
+"""`mini:<task>`: tasks that generate their own data, each with a model small enough for a CPU.
+
+A mini task is one module here that defines `TASK`, and one line in `MINI_TASKS`. The rows and the
+demonstrations are plain functions of a seed; `models/mini.py` turns the recipe into weights.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rlalign.tasks.errors import TaskError
+from rlalign.tasks.source import Source, numbered
+
+MINI_TASKS = {"chain": "rlalign.tasks.chain"}
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """A phase of supervised training: `steps` batches of demonstrations, (prompt, completion)
+    pairs that `demonstrations(seed)` yields without end. Both rates fall to 0 on a cosine."""
+
+    name: str
+    steps: int
+    lr: float  # Muon, for the matrices
+    adamw_lr: float  # for embeddings, biases and norms
+    demonstrations: Callable[[int], Iterator[tuple[str, str]]]
+
+
+@dataclass(frozen=True)
+class MiniModel:
+    """The shape of a mini model (a Qwen2 with tied embeddings) and its training before RL."""
+
+    phases: tuple[WarmStart, ...]
+    hidden: int = 128
+    layers: int = 3
+    heads: int = 4
+    kv_heads: int = 2
+    mlp: int = 384
+    max_positions: int = 512
+    batch_size: int = 32
+    eval_size: int = 200  # held-out questions on which the start is measured
+    max_new_tokens: int = 64
+
+
+@dataclass(frozen=True)
+class MiniTask:
+    """`make_rows(split, **params)` gives rows; `is_correct(prompt, completion)` judges a text."""
+
+    name: str
+    make_rows: Callable[..., list[dict[str, Any]]]
+    is_correct: Callable[[str, str], bool]
+    model: MiniModel
+
+
+def get_mini_task(name: str) -> MiniTask:
+    """Raises TaskError for a task that is not built in."""
+    if name not in MINI_TASKS:
+        raise TaskError(
+            f"there is no mini task {name!r}; built in: {', '.join(sorted(MINI_TASKS))}"
+        )
+    return importlib.import_module(MINI_TASKS[name]).TASK
+
+
+def open_mini(name: str, params: Mapping[str, Any], split: str) -> Source:
+    """Raises TaskError for an unknown task or parameter."""
+    task = get_mini_task(name)
+    try:
+        rows = task.make_rows(split, **params)
+    except TypeError as error:
+        raise TaskError(f"mini:{name} refuses the parameters {dict(params)}: {error}") from error
+    return Source(f"mini:{name}:{split}", numbered(rows))
