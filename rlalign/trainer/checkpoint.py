@@ -171,7 +171,7 @@ def verify(path: Path) -> None:
     reason = _why_torn(path)
     if reason is not None:
         raise CheckpointError(f"{path} is not a complete checkpoint: {reason}. Use an older one.")
-    for name, entry in _read_manifest(path)["files"].items():
+    for name, entry in _manifest_files(path).items():
         found = _digest(path / name)
         if found != entry["sha256"]:
             raise CheckpointError(
@@ -183,8 +183,8 @@ def verify(path: Path) -> None:
 def _why_torn(path: Path) -> str | None:
     """What keeps the folder from being complete; None when it is."""
     try:
-        files = _read_manifest(path)["files"]
-    except (OSError, ValueError, KeyError) as error:
+        files = _manifest_files(path)
+    except (OSError, ValueError) as error:
         return f"its {MANIFEST} cannot be read ({error})"
     for name, entry in files.items():
         file = path / name
@@ -195,8 +195,11 @@ def _why_torn(path: Path) -> str | None:
     return None
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-    return json.loads((path / MANIFEST).read_text())
+def _manifest_files(path: Path) -> dict[str, dict[str, Any]]:
+    manifest = json.loads((path / MANIFEST).read_text())
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"not a manifest of format {FORMAT}")
+    return manifest["files"]
 
 
 def _seal(partial: Path, step: int) -> None:
