@@ -21,7 +21,7 @@ TEMPLATE = """Rate how well the response answers the request, from 0 (useless) t
 </response>
 
 Think briefly, then end with a line of the form "Score: <number>"."""
-SCORE = r"(?i:score)\W{0,8}(-?\d+(?:\.\d+)?)"
+SCORE = r"(?i:score)[^\w-]{0,8}(-?\d+(?:\.\d+)?)"
 
 
 def llm_judge(

@@ -35,10 +35,12 @@ class MathReward:
         self._answer_tag = re.compile(ANSWER_TAG, re.DOTALL)
 
     def load(self) -> None:
-        """Import the library: half a second that must not count as a row's time."""
+        """Import the library, and compare once, which imports the rest of sympy: a second or two
+        that must not count as a row's time."""
         import math_verify
 
         self._parse, self._verify = math_verify.parse, math_verify.verify
+        self._compare("\\boxed{x^2+2x+1}", "(x+1)^2")
         logging.getLogger("math_verify").setLevel(
             logging.ERROR
         )  # "timeout is disabled": ours is on

@@ -51,6 +51,9 @@ class RewardModel:
                 "trained sequence classifier"
             )
         self._column = self._choose_label(model.config)
+        text_config, pad = model.config.get_text_config(), self._tokenizer.pad_token_id
+        if text_config.pad_token_id is None and pad != self._tokenizer.eos_token_id:
+            text_config.pad_token_id = pad  # a text never ends in it, so the score stays the same
         if self._device == "auto":
             self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._model = model.to(self._device).eval()
@@ -87,13 +90,13 @@ class RewardModel:
         return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _batches(self, rows: list[list[int]], index: list[int]) -> Iterator[list[int]]:
-        """Rows of similar length, at most `batch_tokens` with padding; of equal length where the
-        model has no padding token, since it reads its score at the last token that is not one."""
-        equal = self._model.config.pad_token_id is None
+        """Rows of similar length, at most `batch_tokens` with padding; one at a time without a
+        padding token, because HF classifiers read the last token that is not one."""
+        alone = self._model.config.get_text_config().pad_token_id is None
         batch: list[int] = []
         for i in sorted(index, key=lambda i: len(rows[i])):
             full = (len(batch) + 1) * len(rows[i]) > self._batch_tokens
-            if batch and (full or (equal and len(rows[i]) != len(rows[batch[0]]))):
+            if batch and (full or alone):
                 yield batch
                 batch = []
             batch.append(i)
@@ -104,7 +107,7 @@ class RewardModel:
         import torch
 
         width = max(map(len, rows))
-        pad = self._model.config.pad_token_id or 0
+        pad = self._model.config.get_text_config().pad_token_id or 0
         ids_BT = torch.tensor([row + [pad] * (width - len(row)) for row in rows])
         seen_BT = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
         try:

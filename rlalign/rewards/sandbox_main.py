@@ -88,13 +88,14 @@ def execute(source: str, filename: str, namespace: dict[str, Any]) -> str | None
     """None when the source ran to its end (or left with status 0 as a program), else what it
     raised."""
     try:
-        exec(compile(source, filename, "exec"), namespace)
+        try:
+            exec(compile(source, filename, "exec"), namespace)
+        except SystemExit as error:
+            if error.code or namespace["__name__"] != "__main__":
+                return f"SystemExit: {error.code}"
         sys.stdout.flush()
     except MemoryError:
         return "MemoryError"
-    except SystemExit as error:
-        program = namespace["__name__"] == "__main__"
-        return None if program and not error.code else f"SystemExit: {error.code}"
     except BaseException as error:  # untrusted code may raise anything, KeyboardInterrupt included
         return f"{type(error).__name__}: {str(error)[:200]}"
     return None

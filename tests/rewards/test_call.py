@@ -106,7 +106,7 @@ def test_a_wrong_parameter_names_its_neighbour():
 
 
 def test_a_factory_that_returns_no_function_is_explained():
-    with pytest.raises(RewardError, match="takes no `completions`.*returned float"):
+    with pytest.raises(RewardError, match=r"takes no `completions`.*returned float"):
         bind(lambda: 0.5, {}, name="pkg.mod:oops")
 
 
