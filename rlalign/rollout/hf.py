@@ -20,10 +20,11 @@ from rlalign.rollout.decoding import Decoder, Row, decode
 from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.hf_cache import CacheDecoder, base_model
+from rlalign.rollout.hf_fast import FastDecoder, is_plain_decoder
 from rlalign.rollout.intake import take_weights
 from rlalign.types import PolicyVersion, Sample, VersionSpan
 
-SCORE_BYTES = 256 * 2**20  # logits that exist at once in `score`
+SCORE_BYTES = 128 * 2**20  # logits that exist at once in `score`, or those of one sequence
 SCORE_TOKENS = 4096  # tokens, padding included, of one forward pass of `score`
 
 
@@ -52,7 +53,7 @@ class HFEngine:
         self.capabilities = Capabilities(
             shares_parameters=shares_parameters, hidden_states=True, score_temperature=True
         )
-        self._model: nn.Module = model
+        self._module: nn.Module | None = model
         self._tokenizer = tokenizer
         self._max_batch_size = max_batch_size
         self._config = base_model(model).config.get_text_config()
@@ -71,10 +72,9 @@ class HFEngine:
         """
         self._check(requests, params)
         stop_ids = frozenset() if params.ignore_eos else self._eos_ids | set(params.stop_token_ids)
-        with self._inference():
-            rows = decode(
-                self._decoder(), requests, params, stop_ids, self._max_batch_size, self._device
-            )
+        with self._evaluating(), torch.inference_mode():
+            decoder = self._decoder(requests, params)
+            rows = decode(decoder, requests, params, stop_ids, self._max_batch_size, self._device)
         return [
             [self._sample(request, i, row) for i, row in enumerate(completions)]
             for request, completions in zip(requests, rows, strict=True)
@@ -90,21 +90,24 @@ class HFEngine:
             raise EngineError(f"score at temperature {temperature}: it must be above 0")
         limit = min(SCORE_TOKENS, SCORE_BYTES // (4 * self._config.vocab_size))
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        with self._inference():
+        with self._evaluating(), torch.no_grad():
             for index, ids_BT, mask_BT in self._padded(sequences, limit):
-                logits_BTV = self._model(input_ids=ids_BT, attention_mask=mask_BT).logits[:, :-1]
-                logp_BTV = (logits_BTV.float() / temperature).log_softmax(-1)
-                logp_BT = logp_BTV.gather(-1, ids_BT[:, 1:, None])[..., 0].cpu()
-                for row, i in enumerate(index):
-                    scores[i] = logp_BT[row, : len(sequences[i]) - 1].clone()
+                logits_BTV = self._model(
+                    input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
+                ).logits
+                for i, logits_TV, ids_T in zip(index, logits_BTV, ids_BT, strict=True):
+                    target_T = ids_T[1 : len(sequences[i]), None]
+                    scaled_TV = logits_TV[: len(target_T)].float() / temperature
+                    logp_T = scaled_TV.gather(-1, target_T)[:, 0] - scaled_TV.logsumexp(-1)
+                    scores[i] = logp_T.cpu()
         return scores
 
     def hidden_states(self, sequences: Sequence[Sequence[int]]) -> list[Tensor]:
         """What the language-model head reads: [len, D] per sequence, in the model's dtype, on its
         device. Raises EngineError as `score` does."""
         hidden: list[Tensor] = [torch.empty(0)] * len(sequences)
-        decoder = base_model(self._model).get_decoder()
-        with self._inference():
+        with self._evaluating(), torch.no_grad():
+            decoder = base_model(self._model).get_decoder()
             for index, ids_BT, mask_BT in self._padded(sequences, SCORE_TOKENS):
                 output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
                 for row, i in enumerate(index):
@@ -131,13 +134,23 @@ class HFEngine:
 
     def close(self) -> None:
         """Let go of the model; further calls raise EngineError."""
-        self._model = nn.Module()
+        self._module = None
+
+    @property
+    def _model(self) -> nn.Module:
+        if self._module is None:
+            raise EngineError("the engine was closed; build a new HFEngine")
+        return self._module
 
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
-    def _decoder(self) -> Decoder:
+    def _decoder(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> Decoder:
+        longest = max((len(request.token_ids) for request in requests), default=0)
+        longest += params.max_completion_length
+        if is_plain_decoder(self._model, longest):
+            return FastDecoder(self._model, longest)
         pad_id = self._tokenizer.pad_token_id
         return CacheDecoder(self._model, 0 if pad_id is None else pad_id)
 
@@ -153,23 +166,20 @@ class HFEngine:
         )
 
     @contextmanager
-    def _inference(self) -> Iterator[None]:
-        """Eval mode and no autograd; every submodule gets its own mode back."""
-        if not any(True for _ in self._model.parameters()):
-            raise EngineError("the engine was closed; build a new HFEngine")
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode; every submodule gets its own mode back."""
         training = [module for module in self._model.modules() if module.training]
         for module in training:
             module.training = False
         try:
-            with torch.inference_mode():
-                yield
+            yield
         finally:
             for module in training:
                 module.training = True
 
     def _check(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> None:
-        if not requests:
-            raise EngineError("generate was called without a request; send at least one prompt")
+        if params.temperature < 0:
+            raise EngineError(f"temperature is {params.temperature}; it must be at least 0")
         if params.max_completion_length < 1:
             raise EngineError(
                 f"max_completion_length is {params.max_completion_length}; it must be at least 1"
