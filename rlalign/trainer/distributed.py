@@ -104,8 +104,8 @@ class World:
             start().wait(timedelta(seconds=self.timeout_s))
         except RuntimeError as error:
             raise DistributedError(
-                f"rank {self.rank} of {self.size} waited {time.monotonic() - began:.0f} s for "
-                f"`{name}` (deadline {self.timeout_s:.0f} s) and a peer did not answer: {error}. "
+                f"rank {self.rank} of {self.size} waited {time.monotonic() - began:.1f} s for "
+                f"`{name}` (deadline {self.timeout_s:g} s) and a peer did not answer: {error}. "
                 "Look for the first error among the other processes' output."
             ) from error
 
@@ -189,7 +189,7 @@ def _join(world: World) -> None:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise DistributedError(
             f"rank {world.rank} of {world.size} could not join the others at {address} within "
-            f"{world.timeout_s:.0f} s: {error}"
+            f"{world.timeout_s:g} s: {error}"
         ) from error
 
 

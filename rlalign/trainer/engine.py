@@ -71,7 +71,8 @@ class TrainEngine(Protocol):
         """Add the gradient of `loss`, this process's share (scalar) of the global loss.
 
         Call it for any number of micro-batches before `step`; with several processes, equally often
-        on each of them (a share may be a loss of zero).
+        on each of them and each time through the same parameters (a share may be a loss of zero):
+        ZeRO 2 and 3 exchange gradients within every call.
         """
         ...
 

@@ -1,0 +1,112 @@
+"""One of two processes of test_ranks.py: trains at every ZeRO stage, leaves the results in files.
+
+`python ranks_worker.py FOLDER`. FOLDER/before holds a checkpoint that one process wrote.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from rlalign.config.schema import TrainerConfig
+from rlalign.trainer import checkpoint
+from rlalign.trainer.deepspeed_engine import DeepSpeedEngine
+from rlalign.trainer.distributed import DistributedError, World, joined_world
+from tests.trainer.engine_conformance import OPTIM, Net, learning_rate, share, snapshot
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+CASES = {
+    f"{name}-zero{stage}{'-offload' if offload else ''}": TrainerConfig(
+        zero_stage=stage,
+        offload_optimizer=offload,
+        offload_param=offload and stage == 3,
+        optim=OPTIM,
+    )
+    for name in DTYPES
+    for stage in range(4)
+    for offload in ((False, True) if stage > 1 else (False,))
+}
+MINE = {0: (slice(0, 2), slice(2, 5)), 1: (slice(5, 6), slice(6, 8))}  # uneven, two each
+
+
+def take_step(engine: DeepSpeedEngine, step: int, *, poison: bool = False):
+    """The global batch of engine_conformance, shared out; NaN comes from rank 1 only."""
+    rank = engine.world.rank
+    for i, rows in enumerate(MINE[rank]):
+        loss = share(engine.forward, rows, step, use_spare=step == i == 0)
+        engine.backward(loss * float("nan") if poison and rank == 1 and i == 0 else loss)
+    return engine.step(learning_rate(step))
+
+
+def save_model(folder: Path) -> None:
+    (folder / "config.json").write_text("{}")
+
+
+def train_case(name: str, config: TrainerConfig, world: World, folder: Path) -> dict:
+    """Go on from one process's checkpoint: a poisoned step, a good one, a checkpoint, one more."""
+    dtype = DTYPES[name.partition("-")[0]]
+    engine = DeepSpeedEngine(Net(seed=4), config, dtype=dtype, world=world)
+    first = take_step(engine, 0)
+    gradient = {k: v for k, v in snapshot(engine).items() if k.startswith("exp_avg/")}
+    checkpoint.load(folder / "before" / name.partition("-")[0] / "step_1", engine=engine)
+    poisoned = take_step(engine, 1, poison=True)
+    unchanged = snapshot(engine)
+    take_step(engine, 1)
+    path = checkpoint.save(
+        folder / "after" / name, 2, engine=engine, state={}, save_model=save_model, keep=1
+    )
+    take_step(engine, 2)
+    last = snapshot(engine)
+    checkpoint.load(path, engine=engine)
+    take_step(engine, 2)
+    again = snapshot(engine)
+    weights = {key: value.clone() for key, value in engine.named_parameters_full()}
+    engine.close()
+    if world.is_main:
+        kept = {"gradient": gradient, "unchanged": unchanged, "last": last, "weights": weights}
+        for part, tensors in kept.items():
+            save_file(tensors, folder / f"{name}.{part}.safetensors")
+    return {
+        "grad_norm": first.grad_norm,
+        "skipped": poisoned.skipped,
+        "num_updates": engine.num_updates,
+        "resumed_alike": all(torch.equal(last[key], again[key]) for key in last),
+    }
+
+
+def exchange(world: World) -> dict:
+    """Every kind of exchange, and at the end one that a peer is late for."""
+    payload = bytes(range(world.rank * 5, 256)) * (1 + 3 * world.rank)
+    result = {
+        "gathered": [part.hex() for part in world.all_gather_bytes(payload, "payloads")],
+        "empty": [len(part) for part in world.all_gather_bytes(b"", "nothing")],
+        "broadcast": world.broadcast_bytes(payload if world.rank == 1 else None, "b", 1).hex(),
+        "sum": world.all_reduce_sum(torch.tensor([1.5, world.rank]), "sum").tolist(),
+        "max": world.all_reduce_max(torch.tensor([-world.rank, world.rank]), "max").tolist(),
+    }
+    world.barrier("end of the exchanges")
+    if world.rank == 1:
+        time.sleep(2.0)
+        return result
+    impatient = World(world.rank, world.size, timeout_s=0.2)
+    try:
+        impatient.barrier("group 17")
+    except DistributedError as error:
+        result["late"] = str(error)
+    return result
+
+
+def main(folder: Path) -> None:
+    with joined_world("cpu", timeout_s=120.0) as world:
+        report = {name: train_case(name, case, world, folder) for name, case in CASES.items()}
+        report["exchange"] = exchange(world)
+        (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
