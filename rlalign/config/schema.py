@@ -294,7 +294,10 @@ class RewardsConfig:
         60.0, "Deadline of one call of one function on one batch, seconds.", gt=0
     )
     max_error_rate: float = option(
-        0.2, "The run stops when more than this share of a step's verdicts is not ok.", ge=0, le=1
+        0.2,
+        "The run stops when more than this share of one function's verdicts in a step is not ok.",
+        ge=0,
+        le=1,
     )
     aggregation: str = option(
         "sum",

@@ -79,8 +79,13 @@ BUILTINS: Mapping[str, Builtin] = {
     "reasoning_gym": Builtin(
         "rlalign.tasks.reasoning_gym:reward",
         "the verifier of a `reasoning_gym:<task>`",
-        rowwise_timeout_s=10.0,
+        rowwise_timeout_s=30.0,
         correctness=True,
+    ),
+    "verifiers": Builtin(
+        "rlalign.tasks.verifiers:reward",
+        "the rewards of a `verifiers:<environment>`",
+        rowwise_timeout_s=30.0,
     ),
     "format": Builtin(
         "rlalign.rewards.text:format", "think-then-answer, or a pattern", rowwise_timeout_s=5.0
