@@ -108,8 +108,12 @@ def _padded(
 
 
 def _varlen_applies(query: Tensor, softcap: float | None) -> bool:
+    """Flash attention: Ampere and later, half precision, head sizes that are multiples of 8."""
+    size = query.shape[-1]
     half = query.dtype in (torch.float16, torch.bfloat16)
-    return query.is_cuda and half and softcap is None and query.shape[-1] <= 256
+    if not (query.is_cuda and half and softcap is None and size <= 256 and size % 8 == 0):
+        return False
+    return torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
 def _varlen(

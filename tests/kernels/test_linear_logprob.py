@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from rlalign.kernels import chunked
 from rlalign.kernels.linear_logprob import LinearLogProb, linear_logprob
 
 SHAPES = [(1, 3, 7), (33, 17, 129), (61, 65, 1003)]
@@ -17,6 +21,13 @@ OPTIONS = [
     {"temperature": 0.8, "softcap": 30.0, "logit_scale": 0.0625, "bias": True},
     {"bias": True, "logit_scale": 1.5},
 ]
+
+
+@pytest.fixture(autouse=True, params=["kept", "recomputed"])
+def _backward_strategy(request, monkeypatch):
+    """Every fact holds whether probabilities were kept or are computed again."""
+    if request.param == "recomputed":
+        monkeypatch.setattr(chunked, "KEEP_BYTES", 0)
 
 
 def draw(n: int, d: int, v: int, *, bias: bool, dtype: torch.dtype = torch.float64, seed: int = 0):
@@ -200,12 +211,10 @@ def test_half_precision_inputs_are_not_rounded_again():
 
 
 def test_half_precision_head_is_read_in_slices(monkeypatch):
-    import rlalign.kernels.linear_logprob as kernel
-
     hidden, weight, _, target, g, e = draw(12, 8, 50, bias=False, dtype=torch.bfloat16)
     whole = linear_logprob(hidden, weight, target, return_entropy=True)
     whole_grads = gradients(whole, (g, e), (hidden, weight))
-    monkeypatch.setattr(kernel, "WEIGHT_SLICE_BYTES", 7 * 8 * 4)
+    monkeypatch.setattr(chunked, "WEIGHT_SLICE_BYTES", 7 * 8 * 4)
     parts = linear_logprob(hidden, weight, target, return_entropy=True)
     torch.testing.assert_close(parts.logp, whole.logp, atol=1e-6, rtol=0)
     for got, want in zip(gradients(parts, (g, e), (hidden, weight)), whole_grads, strict=True):
@@ -273,3 +282,68 @@ def test_double_backward_is_refused():
     out = linear_logprob(hidden, weight, target).logp.sum()
     with pytest.raises(RuntimeError, match="does not support double backward"):
         torch.autograd.grad(out, [hidden], create_graph=True)
+
+
+def test_no_tensor_of_tokens_times_vocabulary_exists(monkeypatch):
+    """The largest tensor in forward and backward is a chunk of logits, or the head's gradient."""
+    n, d, v, rows = 600, 8, 3000, 16
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    hidden, weight, _, target, g, e = draw(n, d, v, bias=False, dtype=torch.float32)
+    monkeypatch.setattr(chunked, "KEEP_BYTES", 0)
+    with Watch():
+        out = linear_logprob(hidden, weight, target, return_entropy=True, chunk_size=rows)
+        gradients(out, (g, e), (hidden, weight))
+    assert largest == rows * v
+
+
+def test_a_frozen_head_gets_no_gradient_buffer():
+    hidden, weight, _, target, _, _ = draw(6, 8, 400, bias=False, dtype=torch.float32)
+    weight = weight.detach()
+    sizes = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out.data_ptr() != weight.data_ptr():
+                sizes.add(tuple(out.shape))
+            return out
+
+    logp = linear_logprob(hidden, weight, target, chunk_size=2).logp
+    with Watch():
+        torch.autograd.grad(logp.sum(), [hidden])
+    assert (400, 8) not in sizes
+
+
+PEAK = """
+import resource, torch
+from rlalign.kernels.linear_logprob import linear_logprob
+torch.set_num_threads(1)
+hidden = torch.randn(4096, 256, requires_grad=True)
+weight = torch.randn(32000, 256, requires_grad=True)
+target = torch.randint(0, 32000, (4096,))
+def step(n):
+    out = linear_logprob(hidden[:n], weight, target[:n], return_entropy=True)
+    torch.autograd.grad(out.logp.sum() + out.entropy.sum(), [hidden, weight])
+torch.mm(hidden, hidden.T[:, :64])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(1024)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("_backward_strategy", ["kept"], indirect=True)
+def test_peak_memory_stays_below_the_bound():
+    """Bound: two chunks of logits and the head's gradient, plus 25 %; all logits are 125 MiB, several times over."""
+    run = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, timeout=120)
+    chunk, head = 64 * 2**20, 32000 * 256 * 4
+    assert int(run.stdout) * 1024 <= 1.25 * (2 * chunk + head)
