@@ -343,7 +343,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.parametrize("_backward_strategy", ["kept"], indirect=True)
 def test_peak_memory_stays_below_the_bound():
-    """Two chunks of logits and the head's gradient, plus 25 %; eager holds 125 MiB several times."""
+    """Two chunks of logits and the head's gradient, plus 25 %; eager: 125 MiB several times."""
     run = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, timeout=120)
     chunk, head = 64 * 2**20, 32000 * 256 * 4
     assert int(run.stdout) * 1024 <= 1.25 * (2 * chunk + head)
