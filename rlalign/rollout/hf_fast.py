@@ -257,19 +257,16 @@ def _called(module: nn.Module) -> Layer:
 
 def _joined(modules: Sequence[Any]) -> Layer:
     """The outputs of linear layers side by side: [..., sum of their widths]."""
-    if not all(type(module) is nn.Linear for module in modules):
-        return lambda x: torch.cat([module(x) for module in modules], -1)
-    weights = [module.weight for module in modules]
-    biases = [module.bias for module in modules]
+    biases = [m.bias for m in modules if getattr(m, "bias", None) is not None]
     if (
-        sum(weight.nbytes for weight in weights) > JOIN_BYTES
-        or len({b is None for b in biases}) > 1
+        any(type(module) is not nn.Linear for module in modules)
+        or len(biases) not in (0, len(modules))
+        or sum(module.weight.nbytes for module in modules) > JOIN_BYTES
     ):
-        return lambda x: torch.cat(
-            [F.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)], -1
-        )
-    bias = None if biases[0] is None else torch.cat(biases)
-    return partial(F.linear, weight=torch.cat(weights), bias=bias)
+        calls = [_called(module) for module in modules]
+        return lambda x: torch.cat([call(x) for call in calls], -1)
+    weight = torch.cat([module.weight for module in modules])
+    return partial(F.linear, weight=weight, bias=torch.cat(biases) if biases else None)
 
 
 def _rms_norm(module: Any) -> Layer:

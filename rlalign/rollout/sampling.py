@@ -17,6 +17,7 @@ import torch
 from rlalign.rollout.engine import SamplingParams
 
 GOLDEN = -0x61C8864680B583EB  # 0x9e3779b97f4a7c15 as a signed word
+CHUNK_BYTES = 64 * 2**20  # float64 sums over the vocabulary that exist at once
 UNIFORM_BITS = 48  # u times a float64 total then stays below the total, whatever the rounding
 
 
@@ -28,19 +29,31 @@ def sample(
     `seed_B` and `step_B` (the number of tokens drawn before) are int64. At temperature 0 the token
     is the likeliest one, its log-prob that of temperature 1.
     """
+    rows = max(1, CHUNK_BYTES // (8 * logits_BV.shape[-1]))
+    parts = [
+        _sample(*part, params)
+        for part in zip(logits_BV.split(rows), seed_B.split(rows), step_B.split(rows), strict=True)
+    ]
+    token_B, logp_B = (torch.cat(values) for values in zip(*parts, strict=True))
+    return token_B, logp_B
+
+
+def _sample(
+    logits_BV: torch.Tensor, seed_B: torch.Tensor, step_B: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
     logits_BV = logits_BV.float()
     if params.temperature == 0:
         token_B = logits_BV.argmax(-1)
         return token_B, _at(logits_BV, token_B) - logits_BV.logsumexp(-1)
     logits_BV = keep_likeliest(logits_BV / params.temperature, params.top_k, params.top_p)
-    max_B = logits_BV.amax(-1, keepdim=True)
-    cumulative_BV = (logits_BV - max_B).exp_().cumsum(-1, dtype=torch.float64)
+    max_B1 = logits_BV.amax(-1, keepdim=True)
+    cumulative_BV = (logits_BV - max_B1).exp_().cumsum(-1, dtype=torch.float64)
     total_B = cumulative_BV[:, -1]
     target_B = uniform(seed_B, step_B) * total_B
     # The first entry ABOVE the target: a token of probability zero has the sum of its predecessor.
     token_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
-    token_B = token_B.clamp_(max=logits_BV.shape[-1] - 1)  # NaN logits: the log-prob shows them
-    logp_B = _at(logits_BV - max_B, token_B).double() - total_B.log()
+    token_B.clamp_(max=logits_BV.shape[-1] - 1)  # NaN logits: the log-prob shows them
+    logp_B = (_at(logits_BV, token_B) - max_B1[:, 0]).double() - total_B.log()
     return token_B, logp_B.float()
 
 
@@ -49,15 +62,15 @@ def keep_likeliest(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.T
     fewest likeliest whose probabilities add up to `top_p`. Ties with the last one kept are kept."""
     vocab = logits_BV.shape[-1]
     if 0 < top_k < vocab:
-        smallest_B = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B, -torch.inf)
+        smallest_B1 = logits_BV.topk(top_k, dim=-1).values[:, -1:]
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
     if top_p < 1:
         sorted_BV = logits_BV.sort(-1, descending=True).values
         before_BV = sorted_BV.softmax(-1).double().cumsum(-1).roll(1, -1)
         before_BV[:, 0] = 0
-        kept_B = (before_BV < top_p).sum(-1, keepdim=True)
-        smallest_B = sorted_BV.gather(-1, kept_B - 1)
-        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B, -torch.inf)
+        kept_B1 = (before_BV < top_p).sum(-1, keepdim=True)
+        smallest_B1 = sorted_BV.gather(-1, kept_B1 - 1)
+        logits_BV = logits_BV.masked_fill(logits_BV < smallest_B1, -torch.inf)
     return logits_BV
 
 
