@@ -64,6 +64,10 @@ def load_tokenizer(cfg: ModelConfig, seed: int = 0) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     except LOAD_ERRORS as error:
         raise _load_error("tokenizer", folder, error) from error
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what no files at all come to
+        raise ModelError(
+            f"{folder} holds no tokenizer: save it there too, with tokenizer.save_pretrained"
+        )
     if tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer in {folder} has no end-of-sequence token, so no completion could end: "

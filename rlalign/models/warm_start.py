@@ -93,14 +93,15 @@ def _run_phase(
 
 def _backward(model: PreTrainedModel, batch: Sequence[Example]) -> None:
     """Gradients of the mean cross-entropy over the batch's completion tokens."""
+    backbone, head = model.base_model, model.get_output_embeddings()
     by_length = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
     num_targets = sum(len(completion) for _, completion in batch)
     size = math.ceil(len(batch) / MICRO_BATCHES)
     for start in range(0, len(batch), size):
         ids_BT, target_BT = _pad(by_length[start : start + size])
-        hidden_BTD = model.base_model(input_ids=ids_BT, use_cache=False).last_hidden_state
+        hidden_BTD = backbone(input_ids=ids_BT, use_cache=False).last_hidden_state
         counted = target_BT >= 0
-        logits_NV = model.get_output_embeddings()(hidden_BTD[counted])
+        logits_NV = head(hidden_BTD[counted])
         loss = F.cross_entropy(logits_NV, target_BT[counted], reduction="sum") / num_targets
         loss.backward()
 
