@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlalign.rewards.call import Call, Takes, invoke, takes
-from rlalign.rewards.verdict import RewardError, Verdict
+from rlalign.rewards.verdict import RewardError, Verdict, VerdictKind
 
 GRACE_S = 5.0  # for functions that keep a deadline of their own
 
@@ -27,6 +27,7 @@ class InProcess:
         self.name = name
         self._function = function
         self.takes = takes(function)
+        self._ended = threading.Event()  # of the call under way
 
     def inspect(self) -> Takes:
         return self.takes
@@ -41,32 +42,38 @@ class InProcess:
         """One verdict per row; RewardError when the callable is still running past the deadline."""
         result: list[Verdict] = []
         function = self._function
+        self._ended.clear()
 
         async def bounded(**arguments: Any) -> Any:
             async with asyncio.timeout(timeout_s):
                 return await function(**arguments)
 
         def run() -> None:
-            with asyncio.Runner() as runner:
-                target = bounded if _is_async(function) else function
-                result.extend(invoke(target, call.arguments(self.takes), len(call), runner))
+            try:
+                with asyncio.Runner() as runner:
+                    target = bounded if _is_async(function) else function
+                    result.extend(invoke(target, call.arguments(self.takes), len(call), runner))
+            finally:
+                self._ended.set()
 
         thread = threading.Thread(target=run, name=f"reward-{self.name}", daemon=True)
         thread.start()
-        thread.join(timeout_s + GRACE_S)
-        if thread.is_alive():
+        if not self._ended.wait(timeout_s + GRACE_S):
             raise RewardError(
                 f"reward {self.name!r} was still running {timeout_s + GRACE_S:g} s after it was "
                 "called (rewards.timeout_s), and a Python callable cannot be killed. Name it by "
                 "import path (package.module:function) so that it runs in a worker, or raise "
                 "rewards.timeout_s"
             )
-        return result
+        detail = "it was closed while it ran, or left its thread (sys.exit?)"
+        return result or [Verdict(VerdictKind.CRASH, detail=detail)] * len(call)
 
     def close(self) -> None:
+        """Let go of a `score` that another thread may be in."""
         close = getattr(self._function, "close", None)
         if close is not None:
             close()
+        self._ended.set()
 
 
 def _is_async(function: Callable[..., Any]) -> bool:

@@ -44,6 +44,7 @@ class PythonTests:
         self._allow_weak_isolation = allow_weak_isolation
         self._num_workers = num_workers
         self._deadline_s = deadline_s
+        self._closed = False
 
     def load(self) -> None:
         """Probe the machine: RewardError when it cannot keep programs from the network or from
@@ -62,6 +63,10 @@ class PythonTests:
             )
         if absent:
             logger.warning("python_tests: isolation of %s is not available here", absent)
+
+    def close(self) -> None:
+        """Begin no further program."""
+        self._closed = True
 
     def __call__(self, completions: list[Any], **columns: Any) -> list[Verdict]:
         """One verdict per completion; those not started by the deadline are timeouts."""
@@ -111,7 +116,7 @@ class PythonTests:
         self, code: str, tests: Sequence[str], deadline: float, stdin: str = ""
     ) -> sandbox.Outcome:
         remaining_s = deadline - time.monotonic()
-        if remaining_s <= 0:
+        if self._closed or remaining_s <= 0:
             raise TimeoutError(f"not reached within {self._deadline_s:g} s")
         limits = replace(self._limits, wall_s=min(self._limits.wall_s, remaining_s))
         weak = self._allow_weak_isolation

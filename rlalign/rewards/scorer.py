@@ -13,7 +13,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from rlalign.rewards.call import Call, Takes
 from rlalign.rewards.inprocess import GRACE_S
 from rlalign.rewards.registry import Runner, is_correctness, make_runners
 from rlalign.rewards.verdict import RewardError, Verdict
+from rlalign.rewards.worker import START_TIMEOUT_S
 from rlalign.types import Group, Prompt, Sample, Scores
 
 logger = logging.getLogger(__name__)
@@ -81,7 +82,7 @@ class Scorer:
         timeout_s = self._cfg.timeout_s
         futures = [self._threads.submit(r.score, call, timeout_s) for r in self._runners]
         verdicts = {
-            runner.name: future.result(timeout_s + 4 * GRACE_S)
+            runner.name: self._collect(runner.name, future)
             for runner, future in zip(self._runners, futures, strict=True)
         }
         errors = Counter(v.kind.value for column in verdicts.values() for v in column if v.failed)
@@ -92,7 +93,10 @@ class Scorer:
         failed_B = torch.tensor([any(verdict.failed for verdict in row) for row in rows])
         weights = [spec.weight for spec in self._cfg.functions]
         raw_B = weighted_sum(list(by_function.values()), weights)
-        acc_B = raw_B if self._accuracy is None else list(by_function.values())[self._accuracy]
+        if self._accuracy is None:
+            acc_B = raw_B.masked_fill(failed_B, math.nan)
+        else:
+            acc_B = list(by_function.values())[self._accuracy].clone()
         if self._cfg.aggregation == "normalize_then_sum":
             sizes = torch.tensor([len(group.samples) for group in groups])
             group_id_B = torch.repeat_interleave(torch.arange(len(groups)), sizes)
@@ -100,7 +104,7 @@ class Scorer:
         else:
             combined_B = raw_B
         reward_B = (combined_B + self._overlong(groups)).masked_fill(failed_B, math.nan)
-        return Scores(reward_B, acc_B.clone(), by_function, dict(errors))
+        return Scores(reward_B, acc_B, by_function, dict(errors))
 
     def close(self) -> None:
         """Stop every worker; idempotent."""
@@ -113,6 +117,14 @@ class Scorer:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _collect(self, name: str, future: Future[list[Verdict]]) -> list[Verdict]:
+        """A runner keeps its deadline itself; this one only names a runner that does not."""
+        limit_s = self._cfg.timeout_s + START_TIMEOUT_S + 2 * GRACE_S
+        try:
+            return future.result(limit_s)
+        except TimeoutError as error:
+            raise RewardError(f"reward {name!r} gave no verdicts for {limit_s:g} s") from error
 
     def _overlong(self, groups: Sequence[Group]) -> torch.Tensor:
         length_B = torch.tensor([len(s.token_ids) for group in groups for s in group.samples])

@@ -49,3 +49,13 @@ def test_the_callable_sees_python_objects_as_they_are():
 
     expected = thing
     assert InProcess("same", same).score(call("a", thing=[thing]), 5)[0].value == 1.0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_callable_that_leaves_its_thread_is_a_crash_at_once():
+    def leave(completions):
+        raise SystemExit
+
+    start = time.monotonic()
+    assert InProcess("leave", leave).score(call("a"), 30)[0].kind is VerdictKind.CRASH
+    assert time.monotonic() - start < 10

@@ -23,8 +23,8 @@ CASES = [
 
 def test_answers_are_compared_as_mathematics_and_hangs_end_at_their_deadline(scorer):
     """One scorer for all: importing sympy is what costs time here."""
-    hanging = ["\\boxed{10^{10^{8}}}", "\\boxed{2^{3^{4^{5}}}}", "\\boxed{100000000!}"]
-    one = scorer(RewardSpec(name="math", params={"timeout_s": 1.0, "num_workers": 1}))
+    hanging = ["\\boxed{10^{10^{8}}}", "\\boxed{100000000!}"]
+    one = scorer(RewardSpec(name="math", params={"timeout_s": 2.0, "num_workers": 1}))
     rows = [(text, answer) for text, answer, _ in CASES]
     rows += [(text, "3") for text in hanging] + [("\\boxed{5}", "5"), ("\\boxed{5}", "")]
     start = time.monotonic()

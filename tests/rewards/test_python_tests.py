@@ -2,6 +2,7 @@ import time
 
 import pytest
 
+from rlalign.rewards import sandbox
 from rlalign.rewards.python_tests import code_of, python_tests, read_tests
 from rlalign.rewards.verdict import RewardError, VerdictKind
 
@@ -81,3 +82,19 @@ def test_one_string_is_one_test():
 def test_a_limit_of_nothing_is_refused():
     with pytest.raises(RewardError, match="memory_bytes = 0"):
         python_tests(memory_bytes=0)
+
+
+@pytest.mark.parametrize("absent", ["network", "files"])
+def test_a_kernel_that_cannot_isolate_is_refused_unless_allowed(monkeypatch, absent):
+    active = {"network": True, "files": True, "limits": True, absent: False}
+    monkeypatch.setattr(sandbox, "isolation", lambda: active)
+    with pytest.raises(RewardError, match=f"lacks isolation of .*{absent}.*allow_weak_isolation"):
+        python_tests().load()
+    python_tests(allow_weak_isolation=True).load()
+
+
+def test_closing_begins_no_further_program():
+    reward = python_tests()
+    reward.close()
+    (verdict,) = reward(completions=[DOUBLE], tests=[["assert True"]])
+    assert verdict.kind is VerdictKind.TIMEOUT

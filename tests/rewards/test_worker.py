@@ -40,7 +40,7 @@ def hang(completions):
 
 async def gathered(completions):
     import asyncio
-    await asyncio.gather(*(asyncio.sleep(0.2) for _ in completions))
+    await asyncio.gather(*(asyncio.sleep(0.5) for _ in completions))
     return [1.0] * len(completions)
 """
 
@@ -51,7 +51,7 @@ def pool(module):
     pools = []
 
     def build(function="reward", **options):
-        options = {"rowwise": function == "reward", "row_timeout_s": 0.5, **options}
+        options = {"rowwise": function == "reward", "row_timeout_s": 1.0, **options}
         if not options["rowwise"]:
             options["row_timeout_s"] = None
         pools.append(WorkerPool(Target(function, f"{name}:{function}", **options)))
@@ -111,7 +111,7 @@ def test_an_async_reward_overlaps_its_own_waits(pool):
     one = pool("gathered")
     start = time.monotonic()
     assert [v.value for v in one.score(call(*"abcdefghij"), 10)] == [1.0] * 10
-    assert time.monotonic() - start < 1.5  # ten waits of 0.2 s one after the other take 2 s
+    assert time.monotonic() - start < 4  # ten waits of 0.5 s one after the other take 5 s
 
 
 def test_workers_do_not_import_torch(pool):
