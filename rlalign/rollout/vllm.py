@@ -117,7 +117,7 @@ class VllmEngine:
             (
                 request.token_ids,
                 VllmParams(
-                    seed=seed,
+                    seed=_vllm_seed(seed),
                     temperature=params.temperature,
                     top_p=params.top_p,
                     top_k=params.top_k,
@@ -372,6 +372,15 @@ class VllmEngine:
                 f"engine's longest sequence of {self._max_len}: raise rollout.vllm.max_model_len, "
                 "or lower task.max_prompt_length or rollout.max_completion_length"
             )
+
+
+def _vllm_seed(seed: int) -> int:
+    """Every bit of `seed` in the lower 32, which are all that torch's CPU generator reads
+    (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
+    mask = 2**64 - 1
+    mixed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & mask
+    return (mixed ^ (mixed >> 31)) >> 1
 
 
 def _sequence_logp(output: Any) -> torch.Tensor:

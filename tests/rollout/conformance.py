@@ -1,0 +1,480 @@
+"""What every rollout engine must do: plain functions, each a fact, run on any engine.
+
+    subject = Subject(engine, sender, tokenizer)
+    for check in (*SAMPLING_CHECKS, *WEIGHT_CHECKS): check(subject)
+
+`sender` is a plain HF model with the weights that the engine holds when a check begins; it plays
+the trainer. The references are its ordinary forward passes, one sequence at a time, without a
+cache. To put a new engine under test, add it to ENGINES in test_conformance.py.
+
+Shapes: T tokens of one sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from rlalign.rollout.digest import WeightDigest
+from rlalign.rollout.engine import EngineError, GenerateRequest, RolloutEngine, SamplingParams
+from rlalign.types import Sample, VersionSpan
+
+MAX_PROMPT = 96  # engines under test take prompts of this length ...
+MAX_COMPLETION = 32  # ... and this many tokens more, which together is the model's context
+MAX_BATCH = 16  # they decode this many sequences together: larger batches must queue
+MAX_LOGP_ERROR = 1e-3  # nats, float32, a single token
+MEAN_LOGP_ERROR = 1e-5  # nats, float32, over all tokens
+
+
+@dataclass
+class Subject:
+    """An engine, and the model whose weights it holds."""
+
+    engine: RolloutEngine
+    sender: Any
+    tokenizer: Any
+
+    @property
+    def vocab(self) -> int:
+        return self.sender.config.vocab_size
+
+    @property
+    def eos(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    def prompts(self, count: int, lengths: Sequence[int] = (1, 7, 33, 64), seed: int = 0):
+        """Random prompts; the lengths straddle the usual cache blocks."""
+        draw = random.Random(seed)
+        return [
+            tuple(draw.randrange(2, self.vocab) for _ in range(lengths[i % len(lengths)]))
+            for i in range(count)
+        ]
+
+    def one_each(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, seed: int = 100
+    ) -> list[Sample]:
+        requests = [GenerateRequest(f"p{i}", p, (seed + i,)) for i, p in enumerate(prompts)]
+        return [group[0] for group in self.engine.generate(requests, params)]
+
+
+@torch.no_grad()
+def logits_of(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """Float64 [T, V]: row t predicts token t + 1."""
+    return model(torch.tensor([list(tokens)])).logits[0].double()
+
+
+def sampling_logp(logits_TV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """The log of the distribution sampled from, by the definition."""
+    logits_TV = logits_TV / (params.temperature or 1.0)
+    if params.top_k or params.top_p < 1:
+        logits_TV = torch.stack([filtered(row_V, params) for row_V in logits_TV])
+    return logits_TV.log_softmax(-1)
+
+
+def filtered(row_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
+    """One row with -inf at the tokens left out: the k likeliest, and of them as few as add up to
+    top_p."""
+    likeliest = row_V.argsort(descending=True)[: params.top_k or None].tolist()
+    probs = row_V[likeliest].softmax(-1).tolist()
+    kept, total = [], 0.0
+    for v, prob in zip(likeliest, probs, strict=True):
+        if total >= params.top_p:
+            break
+        kept.append(v)
+        total += prob
+    out_V = torch.full_like(row_V, -torch.inf)
+    out_V[kept] = row_V[kept]
+    return out_V
+
+
+def reference_logp(
+    model: Any, prompt: Sequence[int], completion: Sequence[int], params: SamplingParams
+) -> torch.Tensor:
+    logits_TV = logits_of(model, [*prompt, *completion])[len(prompt) - 1 : -1]
+    logp_TV = sampling_logp(logits_TV, params)
+    return logp_TV.gather(-1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def assert_logp(
+    model: Any,
+    prompts: Sequence[tuple[int, ...]],
+    samples: Sequence[Sample],
+    params: SamplingParams,
+) -> None:
+    """The samples' log-probs are those of `model`, within the bars."""
+    errors = torch.cat(
+        [
+            (torch.tensor(s.logp).double() - reference_logp(model, p, s.token_ids, params)).abs()
+            for p, s in zip(prompts, samples, strict=True)
+        ]
+    )
+    assert len(errors) > 100
+    assert float(errors.max()) <= MAX_LOGP_ERROR
+    assert float(errors.mean()) <= MEAN_LOGP_ERROR
+
+
+def greedy_by_hand(model: Any, prompt: Sequence[int], count: int, eos: int) -> tuple[int, ...]:
+    tokens = list(prompt)
+    while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] != eos):
+        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
+    return tuple(tokens[len(prompt) :])
+
+
+def perturbed(model: Any, seed: int = 1) -> Any:
+    """A copy with other weights, far enough away for any stale part to show."""
+    other = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            parameter.add_(noise, alpha=0.1)
+    return other
+
+
+def digest_of(parameters) -> str:
+    digest = WeightDigest()
+    for name, tensor in parameters:
+        digest.add(name, tensor)
+    return digest.hexdigest()
+
+
+# --- what is drawn
+
+
+def logp_is_that_of_the_sampling_distribution(subject: Subject) -> None:
+    for temperature in (1.0, 0.7):
+        params = SamplingParams(MAX_COMPLETION, temperature=temperature)
+        prompts = subject.prompts(20)
+        assert_logp(subject.sender, prompts, subject.one_each(prompts, params), params)
+
+
+def filters_renormalise_the_logp(subject: Subject) -> None:
+    for top_p, top_k in ((0.8, 0), (1.0, 5), (0.9, 8)):
+        params = SamplingParams(16, temperature=0.9, top_p=top_p, top_k=top_k)
+        prompts = subject.prompts(12)
+        assert_logp(subject.sender, prompts, subject.one_each(prompts, params), params)
+
+
+def greedy_is_the_argmax_with_logp_at_temperature_1(subject: Subject) -> None:
+    params = SamplingParams(MAX_COMPLETION, temperature=0.0)
+    prompts = subject.prompts(6)
+    samples = subject.one_each(prompts, params)
+    for prompt, sample in zip(prompts, samples, strict=True):
+        expected = greedy_by_hand(subject.sender, prompt, MAX_COMPLETION, subject.eos)
+        assert sample.token_ids == expected
+    assert_logp(subject.sender, prompts, samples, params)
+
+
+def equal_seeds_give_equal_tokens_in_any_company(subject: Subject) -> None:
+    params = SamplingParams(MAX_COMPLETION)
+    prompts = subject.prompts(4)
+    wanted = [GenerateRequest(f"w{i}", p, (2**62 + i, i)) for i, p in enumerate(prompts)]
+    alone = [subject.engine.generate([request], params)[0] for request in wanted]
+    for company, seed in ((3, 1), (17, 2), (17, 3)):
+        others = [
+            GenerateRequest(f"o{i}", p, (seed * 1000 + i,))
+            for i, p in enumerate(subject.prompts(company, seed=seed))
+        ]
+        mixed = subject.engine.generate([*others[:2], *wanted, *others[2:]], params)[2:6]
+        assert [[s.token_ids for s in group] for group in mixed] == [
+            [s.token_ids for s in group] for group in alone
+        ]
+
+
+def other_seeds_give_other_tokens(subject: Subject) -> None:
+    [prompt] = subject.prompts(1, lengths=(9,))
+    # High bits alone must matter too, or half of the keys would be wasted.
+    seeds = (0, 1, 2, 2**20, 2**31, 2**62 + 1, 2**63 - 1)
+    [group] = subject.engine.generate(
+        [GenerateRequest("p", prompt, seeds)], SamplingParams(MAX_COMPLETION, ignore_eos=True)
+    )
+    assert len({sample.token_ids for sample in group}) == len(seeds)
+
+
+def frequencies_are_the_probabilities(subject: Subject) -> None:
+    """Chi-square of the first and the second token over consecutive seeds, the worst ones for a
+    weak generator. A second draw that reuses the first one's noise fails the second."""
+    [prompt] = subject.prompts(1, lengths=(9,), seed=5)
+    count = 2000
+    params = SamplingParams(2, temperature=0.8, ignore_eos=True)
+    [group] = subject.engine.generate([GenerateRequest("p", prompt, tuple(range(count)))], params)
+    first_V = sampling_logp(logits_of(subject.sender, prompt)[-1:], params)[0].exp()
+    last_VV = torch.stack(
+        [logits_of(subject.sender, (*prompt, v))[-1] for v in range(subject.vocab)]
+    )
+    second_V = first_V @ sampling_logp(last_VV, params).exp()
+    for position, probs_V in enumerate((first_V, second_V)):
+        drawn = Counter(sample.token_ids[position] for sample in group)
+        assert_chi_square(drawn, probs_V.tolist(), count)
+
+
+def assert_chi_square(drawn: Counter[int], probs: Sequence[float], count: int) -> None:
+    likely = [v for v, p in enumerate(probs) if p * count >= 5]
+    cells = [(drawn[v], probs[v] * count) for v in likely]
+    rest = count - sum(expected for _, expected in cells)
+    if rest >= 5:
+        cells.append((count - sum(drawn[v] for v in likely), rest))
+    statistic = sum((observed - expected) ** 2 / expected for observed, expected in cells)
+    freedom = len(cells) - 1
+    assert freedom >= 3
+    # Mean and standard deviation of the chi-square distribution are k and sqrt(2k): five of them.
+    assert statistic < freedom + 5 * (2 * freedom) ** 0.5
+
+
+# --- how it ends, and how it is handed back
+
+
+def completions_end_with_eos_or_at_the_limit(subject: Subject) -> None:
+    params = SamplingParams(MAX_COMPLETION)
+    prompts = subject.prompts(16)
+    # A token the model likes, so that both ends occur whatever the weights.
+    liked = Counter(t for s in subject.one_each(prompts, params) for t in s.token_ids)
+    extra = liked.most_common(3)[-1][0]
+    params = SamplingParams(MAX_COMPLETION, stop_token_ids=(extra,))
+    ends = {subject.eos, extra}
+    reasons = Counter()
+    for sample in subject.one_each(prompts * 4, params):
+        *body, last = sample.token_ids
+        assert not ends & set(body)
+        assert (sample.finish_reason == "stop") == (last in ends)
+        assert sample.finish_reason == "stop" or len(sample.token_ids) == MAX_COMPLETION
+        assert len(sample.logp) == len(sample.token_ids)
+        reasons[sample.finish_reason] += 1
+    assert set(reasons) == {"stop", "length"}
+
+
+def eos_on_the_last_allowed_token_is_a_stop(subject: Subject) -> None:
+    prompts = subject.prompts(4)
+    for prompt in prompts:
+        first = greedy_by_hand(subject.sender, prompt, 1, subject.eos)[0]
+        [sample] = subject.one_each(
+            [prompt], SamplingParams(1, temperature=0.0, stop_token_ids=(first,))
+        )
+        assert (sample.token_ids, sample.finish_reason) == ((first,), "stop")
+
+
+def ignore_eos_draws_to_the_limit(subject: Subject) -> None:
+    prompts = subject.prompts(24)
+    drawn = subject.one_each(prompts, SamplingParams(MAX_COMPLETION, ignore_eos=True))
+    assert {len(s.token_ids) for s in drawn} == {MAX_COMPLETION}
+    assert {s.finish_reason for s in drawn} == {"length"}
+
+
+def groups_are_ragged_and_numbered(subject: Subject) -> None:
+    prompts = subject.prompts(5)
+    sizes, firsts = (3, 0, 1, 20, 2), (0, 0, 7, 2, 100)
+    requests = [
+        GenerateRequest(f"p{i}", p, tuple(range(50 * i, 50 * i + n)), first_index=first)
+        for i, (p, n, first) in enumerate(zip(prompts, sizes, firsts, strict=True))
+    ]
+    params = SamplingParams(8)
+    groups = subject.engine.generate(requests, params)
+    assert [len(group) for group in groups] == list(sizes)
+    for request, group, first in zip(requests, groups, firsts, strict=True):
+        assert [s.index for s in group] == list(range(first, first + len(group)))
+        assert {s.prompt_id for s in group} <= {request.prompt_id}
+        for seed, sample in zip(request.seeds, group, strict=True):
+            # The sample belongs to the prompt and seed of its place.
+            alone = GenerateRequest("x", request.token_ids, (seed,))
+            assert subject.engine.generate([alone], params)[0][0].token_ids == sample.token_ids
+
+
+def text_is_the_decoded_completion(subject: Subject) -> None:
+    for sample in subject.one_each(subject.prompts(12), SamplingParams(MAX_COMPLETION)):
+        decoded = subject.tokenizer.decode(list(sample.token_ids), skip_special_tokens=True)
+        assert sample.text == decoded
+
+
+def nothing_asked_nothing_given(subject: Subject) -> None:
+    assert subject.engine.generate([], SamplingParams(4)) == []
+    assert subject.engine.score([]) == []
+    assert subject.engine.generate([GenerateRequest("p", (5,), ())], SamplingParams(4)) == [[]]
+
+
+# --- scores
+
+
+def score_is_the_log_softmax_of_a_plain_forward(subject: Subject) -> None:
+    longest = MAX_PROMPT + MAX_COMPLETION
+    sequences = [*subject.prompts(10), *subject.prompts(2, lengths=(longest,))]
+    can_scale = subject.engine.capabilities.score_temperature
+    for temperature in (1.0, 0.7) if can_scale else (1.0,):
+        scores = subject.engine.score(sequences, temperature)
+        for sequence, score in zip(sequences, scores, strict=True):
+            logp_TV = (logits_of(subject.sender, sequence) / temperature).log_softmax(-1)[:-1]
+            expected = logp_TV.gather(-1, torch.tensor(sequence)[1:, None])[:, 0]
+            assert score.dtype == torch.float32
+            torch.testing.assert_close(score.double(), expected, atol=MAX_LOGP_ERROR, rtol=0)
+    if not can_scale:
+        with pytest.raises(EngineError, match="temperature"):
+            subject.engine.score(sequences, 0.7)
+
+
+# --- weights
+
+
+def an_update_is_used_at_once(subject: Subject) -> None:
+    """Also by prompts that are in the prefix cache."""
+    params = SamplingParams(MAX_COMPLETION)
+    prompts = subject.prompts(16, lengths=(33, 64, 90))
+    subject.one_each(prompts, params)
+    for seed in (1, 2):
+        other = perturbed(subject.sender, seed)
+        subject.engine.update_weights(other.named_parameters(), 10 + seed)
+        assert_logp(other, prompts, subject.one_each(prompts, params), params)
+        [score] = subject.engine.score(prompts[:1])
+        expected = reference_logp(other, prompts[0][:1], prompts[0][1:], SamplingParams(1))
+        torch.testing.assert_close(score.double(), expected, atol=MAX_LOGP_ERROR, rtol=0)
+
+
+def samples_carry_the_version(subject: Subject) -> None:
+    for version in (7, 3):
+        returned = subject.engine.update_weights(subject.sender.named_parameters(), version)
+        assert returned == subject.engine.version
+        assert returned.version == version
+        for sample in subject.one_each(subject.prompts(6), SamplingParams(8)):
+            assert sample.spans == (VersionSpan(len(sample.token_ids), version),)
+
+
+def the_digest_is_of_what_was_received(subject: Subject) -> None:
+    weights = {name: p.detach().clone() for name, p in subject.sender.named_parameters()}
+    sent = digest_of(weights.items())
+    assert subject.engine.update_weights(weights.items(), 1).digest == sent
+    assert subject.engine.update_weights(reversed(weights.items()), 1).digest == sent
+    for name in list(weights)[:: len(weights) // 5]:  # one element wrong on the way
+        damaged = {n: t.clone() if n == name else t for n, t in weights.items()}
+        damaged[name].view(-1)[-1] += 1e-3
+        assert subject.engine.update_weights(damaged.items(), 1).digest != sent
+
+
+def every_name_of_a_tied_weight_is_known(subject: Subject) -> None:
+    other = perturbed(subject.sender)
+    prompts = subject.prompts(8)
+    subject.engine.update_weights(other.state_dict().items(), 4)
+    params = SamplingParams(MAX_COMPLETION, ignore_eos=True)
+    assert_logp(other, prompts, subject.one_each(prompts, params), params)
+
+
+def a_refused_update_changes_nothing(subject: Subject) -> None:
+    good = {name: p.detach() for name, p in perturbed(subject.sender).named_parameters()}
+    first, *_, last = good
+    attempts = {
+        "shape": {**good, last: torch.zeros(3, 5)},
+        "missing": {name: tensor for name, tensor in good.items() if name != last},
+        "unknown": {**good, "model.layers.99.bias": torch.zeros(3)},
+        "renamed": {("x" if name == first else name): tensor for name, tensor in good.items()},
+    }
+    prompts, params = subject.prompts(8), SamplingParams(MAX_COMPLETION)
+    before = subject.engine.version
+    for attempt in attempts.values():
+        with pytest.raises(EngineError, match="old weights stay in use"):
+            subject.engine.update_weights(attempt.items(), 99)
+        assert subject.engine.version == before
+        assert_logp(subject.sender, prompts, subject.one_each(prompts, params), params)
+
+
+def a_sender_that_fails_half_way_changes_nothing(subject: Subject) -> None:
+    def broken():
+        for i, item in enumerate(perturbed(subject.sender).named_parameters()):
+            if i == 5:
+                raise ConnectionError("the trainer died")
+            yield item
+
+    before = subject.engine.version
+    with pytest.raises(ConnectionError):
+        subject.engine.update_weights(broken(), 99)
+    assert subject.engine.version == before
+    prompts, params = subject.prompts(8), SamplingParams(MAX_COMPLETION)
+    assert_logp(subject.sender, prompts, subject.one_each(prompts, params), params)
+
+
+# --- bad requests, and being a good neighbour
+
+
+def bad_requests_are_named_and_do_no_harm(subject: Subject) -> None:
+    engine = subject.engine
+    good = GenerateRequest("fine", (5, 6), (1,))
+    too_long = tuple(2 + i % 100 for i in range(MAX_PROMPT + MAX_COMPLETION + 1))
+    cases = {
+        "culprit.*no tokens": (),
+        f"culprit.*{subject.vocab}": (5, subject.vocab),
+        "culprit.*-1": (5, -1),
+        f"culprit.*{len(too_long)} tokens": too_long,
+    }
+    for message, token_ids in cases.items():
+        with pytest.raises(EngineError, match=message):
+            engine.generate([good, GenerateRequest("culprit", token_ids, (1,))], SamplingParams(8))
+        with pytest.raises(EngineError):
+            engine.score([good.token_ids, token_ids])
+    with pytest.raises(EngineError, match="max_completion_length"):
+        engine.generate([good], SamplingParams(0))
+    prompts, params = subject.prompts(8), SamplingParams(MAX_COMPLETION)
+    assert_logp(subject.sender, prompts, subject.one_each(prompts, params), params)
+
+
+def the_process_is_left_as_it_was(subject: Subject) -> None:
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    set_num_threads, grad = torch.set_num_threads, torch.is_grad_enabled()
+    subject.one_each(subject.prompts(6), SamplingParams(8))
+    subject.engine.score(subject.prompts(3))
+    subject.engine.update_weights(subject.sender.named_parameters(), 1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    assert torch.set_num_threads is set_num_threads
+    assert torch.is_grad_enabled() == grad
+    assert all(p.requires_grad and p.grad is None for p in subject.sender.parameters())
+
+
+def sleep_and_wake_change_nothing(subject: Subject) -> None:
+    prompts, params = subject.prompts(6), SamplingParams(8)
+    before = subject.one_each(prompts, params)
+    subject.engine.sleep()
+    subject.engine.wake()
+    assert subject.one_each(prompts, params) == before
+    subject.engine.sleep()
+    subject.engine.update_weights(subject.sender.named_parameters(), subject.engine.version.version)
+    subject.engine.wake()
+    assert subject.one_each(prompts, params) == before
+
+
+SAMPLING_CHECKS: tuple[Callable[[Subject], None], ...] = (
+    logp_is_that_of_the_sampling_distribution,
+    filters_renormalise_the_logp,
+    greedy_is_the_argmax_with_logp_at_temperature_1,
+    equal_seeds_give_equal_tokens_in_any_company,
+    other_seeds_give_other_tokens,
+    frequencies_are_the_probabilities,
+    completions_end_with_eos_or_at_the_limit,
+    eos_on_the_last_allowed_token_is_a_stop,
+    ignore_eos_draws_to_the_limit,
+    groups_are_ragged_and_numbered,
+    text_is_the_decoded_completion,
+    nothing_asked_nothing_given,
+    bad_requests_are_named_and_do_no_harm,
+    the_process_is_left_as_it_was,
+    sleep_and_wake_change_nothing,
+)
+WEIGHT_CHECKS: tuple[Callable[[Subject], None], ...] = (
+    score_is_the_log_softmax_of_a_plain_forward,
+    an_update_is_used_at_once,
+    samples_carry_the_version,
+    the_digest_is_of_what_was_received,
+    every_name_of_a_tied_weight_is_known,
+    a_refused_update_changes_nothing,
+    a_sender_that_fails_half_way_changes_nothing,
+)
+
+
+def closing_twice_is_fine_and_final(subject: Subject) -> None:
+    """Runs last: the engine is gone afterwards."""
+    subject.engine.close()
+    subject.engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        subject.one_each(subject.prompts(1), SamplingParams(4))
