@@ -25,6 +25,7 @@ from rlalign.models.errors import ModelError
 from rlalign.models.head import build_head
 from rlalign.models.load import load_causal_lm
 from rlalign.models.lora import adapters_off, attach_lora, merged_weights, save_weights
+from rlalign.models.norm import quicken_norms
 from rlalign.models.pack import collect, make_pack
 from rlalign.models.packed import install, packed_hidden, padded_hidden, replaceable
 from rlalign.types import TrainBatch
@@ -60,6 +61,7 @@ class Policy(nn.Module):
         self._reference: list[Policy] = []
         if packing or replaceable(model):  # else: the model's own attention
             install(model)
+        quicken_norms(model)
         if reference is not None:
             self._reference.append(Policy(reference.requires_grad_(False).eval(), packing=packing))
 
