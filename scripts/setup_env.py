@@ -221,9 +221,8 @@ def _pip_sources(plan: Plan) -> list[str]:
     settings = re.findall(r"^(\S*)\.(find-links|index-url)=(.+)$", listed.stdout, re.M)
     index: list[str] = []
     folders: dict[str, None] = {}
-    for _, key, value in sorted(
-        settings, key=lambda setting: setting[0] == ":env:"
-    ):  # it has the say
+    from_files_first = sorted(settings, key=lambda setting: setting[0] == ":env:")
+    for _, key, value in from_files_first:
         sources = ast.literal_eval(value).split()
         if key == "index-url":
             index = ["--default-index", *sources]
@@ -234,20 +233,29 @@ def _pip_sources(plan: Plan) -> list[str]:
 
 def _install_torch(plan: Plan, steps: Steps, installers: list[list[str]]) -> None:
     """torch's CPU build is not on the main index: wherever pip looks anyway, then TORCH_INDEX."""
-    pins = [pin for pin in plan.pins() if pin.startswith("torch==") and "+cpu" in pin]
+    pins = [pin for pin in plan.pins() if _is_cpu_torch(pin)]
     if not pins:
         return
-    there = [[*command, *pins] for command in installers]
-    elsewhere = [*installers[0], *pins, "--index-url", plan.torch_index]
+    *uv, pip = installers
+    ways = [
+        *([*command, *pins] for command in uv),
+        *([*command, *pins, "--index-url", plan.torch_index] for command in uv),
+        [*pip, *pins, "--extra-index-url", plan.torch_index, "--timeout", "20", "--retries", "1"],
+    ]
     fix = (
         f"{plan.torch_index} must be in reach; or name a mirror: make setup TORCH_INDEX=URL; "
         "or put the wheel into a folder and set PIP_FIND_LINKS to that folder"
     )
-    steps.first(f"installing {pins[0]}", [*there, elsewhere], fix=fix)
+    otherwise = f"not found there; looking at {plan.torch_index}"
+    steps.first(f"installing {pins[0]}", ways, fix=fix, otherwise=otherwise)
+
+
+def _is_cpu_torch(pin: str) -> bool:
+    return pin.startswith("torch==") and pin.endswith("+cpu")
 
 
 def _install_pins(plan: Plan, steps: Steps, installers: list[list[str]]) -> None:
-    pins = [pin for pin in plan.pins() if not (pin.startswith("torch==") and "+cpu" in pin)]
+    pins = [pin for pin in plan.pins() if not _is_cpu_torch(pin)]
     wanted = LOG.with_name("requirements.txt")
     wanted.write_text("\n".join(pins) + "\n")
     if len(_lock_files(plan.kind)) == 1:
@@ -278,12 +286,19 @@ class Steps:
         self._lock = lock
         LOG.write_text("")
 
-    def first(self, title: str, commands: Sequence[list[str]], fix: str = NETWORK_FIX) -> None:
+    def first(
+        self,
+        title: str,
+        commands: Sequence[list[str]],
+        *,
+        fix: str = NETWORK_FIX,
+        otherwise: str = "that did not work; trying another way",
+    ) -> None:
         """Runs the commands until one succeeds; the error is the last one's."""
         for command in commands[:-1]:
             with contextlib.suppress(SetupError):
                 return self.run(title, command)
-            print("  that did not work; trying another way", flush=True)
+            print(f"  {otherwise}", flush=True)
         self.run(title, commands[-1], fix=fix)
 
     def run(
@@ -334,7 +349,7 @@ def _clean_environment() -> dict[str, str]:
     """Without what would send packages elsewhere, or forbid the bytecode that saves time later."""
     unwanted = ("PYTHONPATH", "PYTHONHOME", "PYTHONDONTWRITEBYTECODE", "PIP_TARGET", "PIP_USER")
     kept = {name: value for name, value in os.environ.items() if name not in unwanted}
-    return {"UV_HTTP_TIMEOUT": "60", "DS_BUILD_OPS": "0", **kept}
+    return {"UV_HTTP_TIMEOUT": "30", "UV_HTTP_RETRIES": "2", "DS_BUILD_OPS": "0", **kept}
 
 
 @contextlib.contextmanager
