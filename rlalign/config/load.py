@@ -15,9 +15,10 @@ from omegaconf import ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlalign.config.schema import Config
+from rlalign.errors import RlalignError
 
 
-class ConfigError(ValueError):
+class ConfigError(RlalignError, ValueError):
     """The configuration is wrong; the message names the key, the value and what is allowed."""
 
 

@@ -14,8 +14,10 @@ from collections.abc import Sized
 from dataclasses import dataclass
 from typing import Any
 
+from rlalign.errors import RlalignError
 
-class RewardError(RuntimeError):
+
+class RewardError(RlalignError, RuntimeError):
     """A reward is misconfigured or fails too often; the message names the cause and the fix."""
 
 

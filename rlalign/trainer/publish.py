@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
+from rlalign.errors import RlalignError
 from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import RolloutEngine
 from rlalign.types import PolicyVersion
 
 
-class WeightSyncError(RuntimeError):
+class WeightSyncError(RlalignError):
     """Engine and trainer do not hold the same weights; the message names both sides' figures."""
 
 

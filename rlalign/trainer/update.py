@@ -118,13 +118,17 @@ def with_weights(minibatch: TrainBatch, config: Config) -> TrainBatch:
 def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:
     """Rows whose loss can have a gradient; the others need no forward pass.
 
-    Every surrogate is a multiple of the advantage, so where that is 0 on each weighted token (and
-    neither KL nor entropy is in the loss) the gradient is exactly 0. The denominators were fixed
-    before, so leaving rows out does not touch them.
+    The shared surrogates are multiples of the advantage, so where that is 0 on each weighted token
+    (and neither KL nor entropy is in the loss) the gradient is exactly 0. The denominators were
+    fixed before, so leaving rows out does not touch them; where they are taken per micro-batch, or
+    the algorithm brings its own loss, every row stays.
     """
     assert minibatch.weight_BT is not None and minibatch.advantage_BT is not None
+    algo = config.algo
     active_BT = minibatch.weight_BT != 0
-    if config.algo.entropy_coef == 0 and not algos.needs_reference(config.algo):
+    own_loss = algos.get(algo.loss_type).loss is not algos.Algorithm.loss
+    other_terms = algo.entropy_coef > 0 or algos.needs_reference(algo)
+    if not (own_loss or other_terms or algos.depends_on_split(algo)):
         active_BT = active_BT & (minibatch.advantage_BT != 0)
     return active_BT.any(dim=1).nonzero().flatten().tolist()
 
