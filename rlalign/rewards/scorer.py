@@ -64,6 +64,7 @@ class Scorer:
         self._max_len = max_completion_length
         self._runners = runners
         self._accuracy = accuracy_index(cfg)
+        self._closed = False
         self._threads = ThreadPoolExecutor(len(runners), "rewards")
         try:
             self._takes = list(self._threads.map(lambda runner: runner.start(), runners))
@@ -74,6 +75,8 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> Scores:
         """Rewards of all samples, in order. Raises RewardError when more than `max_error_rate` of a
         function's verdicts failed, or a column it needs is not there."""
+        if self._closed:
+            raise RewardError("this scorer is closed; build another")
         call = call_of(groups)
         if not len(call):
             return Scores(torch.zeros(0), torch.zeros(0))
@@ -108,6 +111,7 @@ class Scorer:
 
     def close(self) -> None:
         """Stop every worker; idempotent."""
+        self._closed = True
         for runner in self._runners:
             runner.close()
         self._threads.shutdown()

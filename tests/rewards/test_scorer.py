@@ -178,23 +178,30 @@ def test_no_groups_no_scores(scorer):
     assert scorer("exact_match").score([]).reward_B.shape == (0,)
 
 
-def test_closing_while_scoring_ends_both(scorer, module):
-    release = threading.Event()
+def test_closing_while_scoring_ends_both(scorer, module, tmp_path):
+    begun, release = threading.Event(), threading.Event()
+    marker = tmp_path / "begun"
 
     def stuck(completions):
+        begun.set()
         release.wait(20)
 
-    name = module("import time\ndef f(completions): time.sleep(60)")
+    source = f"def f(completions):\n    open({str(marker)!r}, 'w').close()\n    time.sleep(60)"
+    name = module("import time\n" + source)
     one = scorer(f"{name}:f", "stuck", functions={"stuck": stuck})
     result = []
     thread = threading.Thread(target=lambda: result.append(one.score(ANSWERS)))
     thread.start()
-    time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while not (begun.is_set() and marker.exists()) and time.monotonic() < deadline:
+        time.sleep(0.01)
     one.close()
     thread.join(10)
     assert not thread.is_alive()
     release.set()
     assert result[0].errors == {"crash": 6}
+    with pytest.raises(RewardError, match="closed"):
+        one.score(ANSWERS)
 
 
 def test_scores_are_float32_and_nan_only_where_masked(scorer):
