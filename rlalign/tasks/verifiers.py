@@ -81,10 +81,10 @@ def _rows(
 ) -> Iterator[dict[str, Any]]:
     for task in islice(taskset, size):
         _check_single_turn(name, task)
-        data = task.data.model_dump(mode="json")
+        data = task.data.model_dump(mode="json", exclude_none=True)
         own = {key: value for key, value in data.items() if key in ("answer", "solution")}
         yield {
-            "prompt": _turns(task.data),
+            "prompt": data.get("prompt") if not task.data.system_prompt else _turns(task.data),
             **own,
             "verifiers_environment": name,
             "verifiers_params": dict(params),
@@ -127,7 +127,10 @@ def _load_taskset(name: str, params_json: str) -> Any:
     from pydantic import ValidationError
 
     _verifiers(name)
-    from verifiers.v1.utils.loaders import load_taskset, taskset_config_type
+    from verifiers.v1.utils.loaders import (  # type: ignore[import-not-found]
+        load_taskset,
+        taskset_config_type,
+    )
 
     try:
         config = taskset_config_type(name).model_validate({"id": name, **json.loads(params_json)})
@@ -143,7 +146,7 @@ def _load_taskset(name: str, params_json: str) -> Any:
 
 def _verifiers(name: str) -> Any:
     try:
-        import verifiers.v1
+        import verifiers.v1  # type: ignore[import-not-found]
     except ImportError as error:
         raise TaskError(
             f"verifiers:{name} needs verifiers 0.4 or later ({error}): pip install 'rlalign[envs]'"
