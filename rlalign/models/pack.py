@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from rlalign.errors import RlalignError
+
 BUCKET_RATIO = 0.8  # a sequence shorter than this share of its bucket's longest opens a new one
 
 
-class PackingError(RuntimeError):
+class PackingError(RlalignError, RuntimeError):
     """The model cannot run on packed sequences; the message names it and the fix."""
 
 
