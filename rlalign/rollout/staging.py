@@ -100,6 +100,8 @@ UNCHANGED = "The old weights stay in use."
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
+    if not tensor.numel():
+        return
     # One pass without a scratch tensor: both extremes are NaN as soon as one element is.
     low, high = torch.aminmax(tensor)
     if not (math.isfinite(low) and math.isfinite(high)):
