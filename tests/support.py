@@ -22,6 +22,7 @@ def write_prompts(path: Path, count: int = 12) -> Path:
 
 def tiny_settings(folder: Path) -> dict[str, Any]:
     """A run of seconds on a random model: letters a to f are worth 1, digits 0 to 4 half."""
+    folder.mkdir(parents=True, exist_ok=True)
     model = folder / "model"
     if not model.exists():
         write_random_model(model, "qwen2", hidden=32, layers=2, max_positions=64)
