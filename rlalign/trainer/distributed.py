@@ -122,6 +122,8 @@ def joined_world(device: str = "auto", timeout_s: float = 600.0):
     ours = world.size > 1 and not dist.is_initialized()
     if ours:
         _join(world)
+    if world.size > 1:
+        ensure_process_group(world)
     try:
         yield world
     finally:
@@ -173,8 +175,8 @@ def ensure_process_group(world: World) -> None:
     if not dist.is_initialized() or dist.get_world_size() != world.size:
         found = dist.get_world_size() if dist.is_initialized() else 0
         raise DistributedError(
-            f"the process group has {found} processes and the run {world.size}: build the engine "
-            "inside `joined_world`."
+            f"the process group has {found} processes and the run {world.size}: enter "
+            "`joined_world` before anything else starts torch.distributed."
         )
 
 

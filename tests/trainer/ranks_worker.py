@@ -1,6 +1,7 @@
 """One of two processes of test_ranks.py: trains at every ZeRO stage, leaves the results in files.
 
-`python ranks_worker.py FOLDER`. FOLDER/before holds a checkpoint that one process wrote.
+`python ranks_worker.py FOLDER`. FOLDER/before holds checkpoints that one process wrote and
+FOLDER/model a random language model.
 """
 
 from __future__ import annotations
@@ -8,28 +9,41 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from rlalign.config.schema import TrainerConfig
+from rlalign.config.schema import ModelConfig, TrainerConfig
 from rlalign.trainer import checkpoint
 from rlalign.trainer.deepspeed_engine import DeepSpeedEngine
 from rlalign.trainer.distributed import DistributedError, World, joined_world
+from rlalign.trainer.engine import TrainEngine
+from rlalign.trainer.policy import Policy
+from rlalign.types import TrainBatch
 from tests.trainer.engine_conformance import OPTIM, Net, learning_rate, share, snapshot
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PLACES = {
+    "float32-zero0": (0, False),
+    "float32-zero1": (1, False),
+    "float32-zero2": (2, False),
+    "float32-zero2-offload": (2, True),
+    "float32-zero3": (3, False),
+    "float32-zero3-offload": (3, True),
+    "bfloat16-zero1": (1, False),
+    "bfloat16-zero2": (2, False),
+    "bfloat16-zero3": (3, False),
+}
 CASES = {
-    f"{name}-zero{stage}{'-offload' if offload else ''}": TrainerConfig(
+    name: TrainerConfig(
         zero_stage=stage,
         offload_optimizer=offload,
         offload_param=offload and stage == 3,
         optim=OPTIM,
     )
-    for name in DTYPES
-    for stage in range(4)
-    for offload in ((False, True) if stage > 1 else (False,))
+    for name, (stage, offload) in PLACES.items()
 }
 MINE = {0: (slice(0, 2), slice(2, 5)), 1: (slice(5, 6), slice(6, 8))}  # uneven, two each
 
@@ -79,6 +93,46 @@ def train_case(name: str, config: TrainerConfig, world: World, folder: Path) -> 
     }
 
 
+def policy_batch() -> TrainBatch:
+    """Eight sequences of random tokens with random weights, so every token matters."""
+    rng = torch.Generator().manual_seed(0)
+    shapes = ((5, 9), (3, 4), (1, 14), (8, 2), (2, 9), (6, 5), (4, 1), (3, 3))
+    length_B = torch.tensor([completion for _, completion in shapes])
+    mask_BT = (torch.arange(14) < length_B[:, None]).float()
+    tokens = [torch.randint(0, 262, (sum(shape),), generator=rng).tolist() for shape in shapes]
+    return TrainBatch(
+        sequences=tuple(tuple(row) for row in tokens),
+        completion_len_B=length_B,
+        group_id_B=torch.zeros(8, dtype=torch.long),
+        mask_BT=mask_BT,
+        reward_B=torch.zeros(8),
+        logp_rollout_BT=torch.zeros_like(mask_BT),
+        weight_BT=torch.randn(mask_BT.shape, generator=rng) * mask_BT,
+    )
+
+
+def policy_step(engine: TrainEngine, parts: Sequence[slice]) -> dict[str, torch.Tensor]:
+    """One step of the real policy on the rows in `parts`; returns the gradient, times 1 - beta1."""
+    batch = policy_batch()
+    for part in parts:
+        micro = batch.rows(range(part.start, part.stop))
+        output = engine.forward(micro, 0.9, entropy=True)
+        assert micro.weight_BT is not None
+        engine.backward(((output.logp_BT + 0.1 * output.entropy_BT) * micro.weight_BT).sum() / 8)
+    engine.step(1e-3)
+    return {k: v for k, v in snapshot(engine).items() if k.startswith("exp_avg/")}
+
+
+def train_policy(stage: int, world: World, folder: Path) -> None:
+    policy = Policy.from_config(ModelConfig(path=str(folder / "model")))
+    config = TrainerConfig(zero_stage=stage, optim=OPTIM)
+    engine = DeepSpeedEngine(policy, config, world=world)
+    gradient = policy_step(engine, MINE[world.rank])
+    engine.close()
+    if world.is_main:
+        save_file(gradient, folder / f"policy-zero{stage}.safetensors")
+
+
 def exchange(world: World) -> dict:
     """Every kind of exchange, and at the end one that a peer is late for."""
     payload = bytes(range(world.rank * 5, 256)) * (1 + 3 * world.rank)
@@ -104,6 +158,8 @@ def exchange(world: World) -> dict:
 def main(folder: Path) -> None:
     with joined_world("cpu", timeout_s=120.0) as world:
         report = {name: train_case(name, case, world, folder) for name, case in CASES.items()}
+        for stage in range(4):
+            train_policy(stage, world, folder)
         report["exchange"] = exchange(world)
         (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
 

@@ -1,5 +1,10 @@
 """A world of one, and how joining fails. Exchanges between processes: test_ranks.py."""
 
+import os
+import re
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -7,6 +12,7 @@ from rlalign.trainer.distributed import (
     LAUNCHER_VARIABLES,
     DistributedError,
     World,
+    ensure_process_group,
     joined_world,
 )
 
@@ -41,13 +47,33 @@ def test_incomplete_launcher_variables_are_named(monkeypatch):
         joined_world("cpu").__enter__()
 
 
-def test_peers_that_never_come_are_an_error_within_the_deadline(monkeypatch):
-    for name, value in zip(
-        LAUNCHER_VARIABLES, ("1", "2", "1", "127.0.0.1", "9"), strict=True
-    ):  # nobody listens there
-        monkeypatch.setenv(name, value)
-    with pytest.raises(DistributedError, match=r"rank 1 of 2 .* 127\.0\.0\.1:9 within 1 s"):
-        joined_world("cpu", timeout_s=1.0).__enter__()
+JOIN = """
+from rlalign.trainer.distributed import DistributedError, joined_world
+try:
+    joined_world("cpu", timeout_s=1.0).__enter__()
+except DistributedError as error:
+    print(error)
+"""
+
+
+def test_peers_that_never_come_are_an_error_within_the_deadline():
+    address = ("1", "2", "1", "127.0.0.1", "9")  # nobody listens there
+    launcher = dict(zip(LAUNCHER_VARIABLES, address, strict=True))
+    run = subprocess.run(
+        [sys.executable, "-c", JOIN],
+        env={**os.environ, **launcher},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert re.search(r"rank 1 of 2 .* 127\.0\.0\.1:9 within 1 s", run.stdout), run
+
+
+def test_a_process_group_of_another_size_is_an_error():
+    ensure_process_group(World())
+    ensure_process_group(World())
+    with pytest.raises(DistributedError, match="has 1 processes and the run 2"):
+        ensure_process_group(World(rank=0, size=2))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
