@@ -18,7 +18,7 @@ _PUBLIC = {
     "Config": "rlalign.config",
     "ConfigError": "rlalign.config",
 }
-__all__ = sorted(_PUBLIC)
+__all__ = ["Config", "ConfigError", "Result", "evaluate", "load_config", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -104,15 +104,15 @@ def minibatches(num_rows: int, config: Config, step: int) -> Iterator[list[int]]
         yield from (sorted(part.tolist()) for part in order.tensor_split(parts))
 
 
-def with_weights(minibatch: TrainBatch, config: Config) -> TrainBatch:
-    """Attach each token's share of the loss, over this minibatch of all processes."""
+def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
+    """Attach each token's share of the loss, over this minibatch of all processes, times `share`."""
     weight_BT = algos.aggregation_weights(
         minibatch.mask_BT,
         minibatch.group_id_B,
         config.algo,
         max_completion_length=config.rollout.max_completion_length,
     )
-    return minibatch.replace(weight_BT=weight_BT)
+    return minibatch.replace(weight_BT=share * weight_BT)
 
 
 def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:

@@ -7,9 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import rlalign
 from safetensors.torch import load_file
 
+import rlalign
 from tests.support import ROOT, tiny_config
 
 OVERRIDES = ["trainer.max_steps=5", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=9"]

@@ -6,9 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import rlalign
 import yaml
 
+import rlalign
 from tests.support import ROOT, tiny_config, tiny_settings
 
 OVERRIDES = ["trainer.max_steps=3", "trainer.checkpoint_every=2"]
