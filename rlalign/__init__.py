@@ -8,7 +8,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlalign.api import Result, evaluate, load_config, train
+    from rlalign.config import Config, ConfigError
 
 _PUBLIC = {
     "load_config": "rlalign.api",

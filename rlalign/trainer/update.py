@@ -105,7 +105,7 @@ def minibatches(num_rows: int, config: Config, step: int) -> Iterator[list[int]]
 
 
 def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
-    """Attach each token's share of the loss, over this minibatch of all processes, times `share`."""
+    """Attach each token's part of the loss over this minibatch of all processes, times `share`."""
     weight_BT = algos.aggregation_weights(
         minibatch.mask_BT,
         minibatch.group_id_B,
@@ -143,8 +143,7 @@ def accumulate_gradient(
     for rows in parts:
         micro = minibatch.rows(rows).to(world.device)
         if local:
-            micro = with_weights(micro, config)
-            micro = micro.replace(weight_BT=micro.weight_BT / (len(parts) * world.size))
+            micro = with_weights(micro, config, share=1 / (len(parts) * world.size))
         output = engine.forward(micro, config.rollout.temperature, entropy=True)
         loss = algos.policy_loss(output.logp_BT, micro, config.algo, entropy_BT=output.entropy_BT)
         engine.backward(loss.loss)
