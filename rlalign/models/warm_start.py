@@ -77,7 +77,7 @@ def _run_phase(
     progress: Progress,
 ) -> None:
     examples = _encode(tokenizer, phase, seed, phase.steps * recipe.batch_size)
-    optimizers = _optimizers(model, phase)
+    optimizers = _optimizers(model, phase, recipe.weight_decay)
     model.train()
     for step in range(phase.steps):
         scale = min(1.0, (step + 1) / WARMUP_STEPS) * _cosine(step / phase.steps)
@@ -131,13 +131,15 @@ def _encode(
     return [(prompt, ids + end) for prompt, ids in zip(prompts, completions, strict=True)]
 
 
-def _optimizers(model: PreTrainedModel, phase: WarmStart) -> list[torch.optim.Optimizer]:
+def _optimizers(
+    model: PreTrainedModel, phase: WarmStart, weight_decay: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the matrices within the blocks, AdamW for embeddings, biases and norms."""
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim != 2 or p is embedding]
     optimizers: list[torch.optim.Optimizer] = [
-        Muon(matrices, phase.lr),
+        Muon(matrices, phase.lr, weight_decay=weight_decay),
         torch.optim.AdamW(others, phase.adamw_lr, weight_decay=0.0),
     ]
     for optimizer in optimizers:

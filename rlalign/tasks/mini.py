@@ -41,6 +41,7 @@ class MiniModel:
     mlp: int = 384
     max_positions: int = 512
     batch_size: int = 32
+    weight_decay: float = 0.5  # of the matrices, decoupled: with it arithmetic is found sooner
     eval_size: int = 200  # held-out questions on which the start is measured
     max_new_tokens: int = 64
 
