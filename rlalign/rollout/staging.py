@@ -9,7 +9,7 @@ The digest is taken of what arrived, as it arrives.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -30,10 +30,8 @@ class WeightStage:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        own = {id(param): name for name, param in model.named_parameters()}
-        everything = list(model.named_parameters(remove_duplicate=False))
-        self._own_name = {name: own[id(param)] for name, param in everything}
         self._shapes = {name: param.shape for name, param in model.named_parameters()}
+        self._own_name = own_names(model)
         self._dtype = dtype
         self.arrived: dict[str, torch.Tensor] = {}
         self.in_use: dict[str, torch.Tensor] | None = None  # None: as read from the model folder
@@ -48,55 +46,82 @@ class WeightStage:
         """
         if not self.arrived:
             self.arrived = {n: torch.empty(s, dtype=self._dtype) for n, s in self._shapes.items()}
-        digest = WeightDigest()
-        sent: set[str] = set()
-        filled: set[str] = set()
-        for name, tensor in parameters:
-            target = self._target(name, tensor)
-            if name in sent:
-                raise EngineError(f"weight {name!r} was sent twice in one update. {UNCHANGED}")
-            sent.add(name)
-            digest.add(name, tensor)
-            own_name = self._own_name[name]
-            if own_name not in filled:
-                filled.add(own_name)
-                target.copy_(tensor)
-                _check_finite(name, target)
-            elif not torch.equal(target, tensor.to(target)):
-                raise EngineError(
-                    f"{name} and {own_name} are one tied weight of this model, but were sent with "
-                    f"different values. {UNCHANGED} Untie the engine's model or tie the sender's."
-                )
-        missing = [name for name in self._shapes if name not in filled]
-        if missing:
-            raise EngineError(
-                f"{len(missing)} of {len(self._shapes)} weights were not sent (first: "
-                f"{missing[0]}). {UNCHANGED} Send the whole of model.named_parameters()."
-            )
-        return digest.hexdigest()
+        return take_in(self._own_name, self._shapes, parameters, self._copy)
 
     def commit(self) -> None:
         """What arrived is in use now."""
         self.arrived, self.in_use = self.in_use or {}, self.arrived
 
-    def _target(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        own_name = self._own_name.get(name)
-        if own_name is None:
-            known = ", ".join(list(self._shapes)[:3])
-            raise EngineError(
-                f"weight {name!r} is not one of this model's {len(self._shapes)} ({known}, ...). "
-                f"{UNCHANGED} Send names as in model.named_parameters() of the same model."
-            )
-        target = self.arrived[own_name]
-        if tensor.shape != target.shape:
-            raise EngineError(
-                f"{name} was sent with shape {tuple(tensor.shape)}, the model has "
-                f"{tuple(target.shape)}. {UNCHANGED}"
-            )
-        return target
+    def _copy(self, own_name: str, tensor: torch.Tensor) -> torch.Tensor:
+        return self.arrived[own_name].copy_(tensor)
 
 
 UNCHANGED = "The old weights stay in use."
+
+
+def own_names(model: nn.Module) -> dict[str, str]:
+    """Every name of every parameter of `model`, mapped to the one `named_parameters` gives it."""
+    own = {id(param): name for name, param in model.named_parameters()}
+    everything = model.named_parameters(remove_duplicate=False)
+    return {name: own[id(param)] for name, param in everything}
+
+
+def take_in(
+    own_name: Mapping[str, str],
+    shapes: Mapping[str, torch.Size],
+    parameters: Iterable[tuple[str, torch.Tensor]],
+    keep: Callable[[str, torch.Tensor], torch.Tensor],
+) -> str:
+    """Check `parameters` as they come, `keep` each weight once, and return the digest of what came.
+
+    `shapes` are the model's, by own name; `keep` gets a weight's own name and its tensor, which may
+    be freed afterwards, and returns what will be used.
+    """
+    digest = WeightDigest()
+    sent: set[str] = set()
+    kept: dict[str, torch.Tensor] = {}
+    for name, tensor in parameters:
+        _check_fit(name, tensor, own_name, shapes)
+        if name in sent:
+            raise EngineError(f"weight {name!r} was sent twice in one update. {UNCHANGED}")
+        sent.add(name)
+        digest.add(name, tensor)
+        own = own_name[name]
+        if own not in kept:
+            kept[own] = keep(own, tensor)
+            _check_finite(name, kept[own])
+        elif not torch.equal(kept[own], tensor.to(kept[own])):
+            raise EngineError(
+                f"{name} and {own} are one tied weight of this model, but were sent with different "
+                f"values. {UNCHANGED} Untie the engine's model or tie the sender's."
+            )
+    missing = [name for name in shapes if name not in kept]
+    if missing:
+        raise EngineError(
+            f"{len(missing)} of {len(shapes)} weights were not sent (first: {missing[0]}). "
+            f"{UNCHANGED} Send the whole of model.named_parameters()."
+        )
+    return digest.hexdigest()
+
+
+def _check_fit(
+    name: str,
+    tensor: torch.Tensor,
+    own_name: Mapping[str, str],
+    shapes: Mapping[str, torch.Size],
+) -> None:
+    if name not in own_name:
+        known = ", ".join(list(shapes)[:3])
+        raise EngineError(
+            f"weight {name!r} is not one of this model's {len(shapes)} ({known}, ...). {UNCHANGED} "
+            "Send names as in model.named_parameters() of the same model."
+        )
+    expected = shapes[own_name[name]]
+    if tensor.shape != expected:
+        raise EngineError(
+            f"{name} was sent with shape {tuple(tensor.shape)}, the model has {tuple(expected)}. "
+            f"{UNCHANGED}"
+        )
 
 
 def _check_finite(name: str, tensor: torch.Tensor) -> None:
