@@ -38,11 +38,14 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise _type_error(error) from error
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        doc = "; ".join(f"{key}: {_doc(key)}" for key in missing)
-        raise ConfigError(f"required keys are not set: {', '.join(missing)}. {doc}")
-    config = OmegaConf.to_object(merged)
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            doc = "; ".join(f"{key}: {_doc(key)}" for key in missing)
+            raise ConfigError(f"required keys are not set: {', '.join(missing)}. {doc}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # `${...}` that refers to nothing
+        raise _type_error(error) from error
     assert isinstance(config, Config)
     check_values(config)
     return config
@@ -74,6 +77,8 @@ def _read_files(path: Path, seen: tuple[Path, ...] = ()) -> list[dict[str, Any]]
     base = raw.pop("extends", None)
     if base is None:
         return [raw]
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends is {base!r}; it names one file, relative to this one")
     return [*_read_files(path.parent / base, (*seen, path.resolve())), raw]
 
 
@@ -82,9 +87,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         near = sorted(str(p) for p in path.parent.glob("*.yaml")) if path.parent.is_dir() else []
         hint = f" In that folder: {', '.join(near)}." if near else ""
         raise ConfigError(f"no config file at {path}.{hint}")
-    try:
-        raw = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    try:  # OmegaConf's reader: a key given twice is an error, and 1e-6 is a number
+        raw: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, not a mapping of sections")

@@ -45,6 +45,7 @@ def test_the_printed_config_reads_back_as_the_same_config(tmp_path):
         ("trainer.max_steps=ten", ["trainer.max_steps", "ten", "int"]),
         ("rollout.temperature=nan", ["rollout.temperature", "nan", "> 0"]),
         ("rollout.top_p=1.5", ["rollout.top_p", "1.5", "<= 1"]),
+        ("seed=4294967296", ["seed", "<= 4294967295"]),
         ("rollout.engine=vlm", ["rollout.engine", "vlm", "hf, vllm", "'vllm'"]),
         ("rewards.functions=[{nam: x}]", ["rewards.functions[0].nam", "name"]),
         ("rewards.functions=[{name: x, weight: heavy}]", ["weight", "heavy"]),
@@ -79,6 +80,28 @@ def test_malformed_yaml_gives_the_line(tmp_path):
     path.write_text("name: x\nalgo: [unclosed\n")
     with pytest.raises(ConfigError, match="line"):
         parse_config(path)
+
+
+def test_a_section_given_twice_is_refused_rather_than_half_used(tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("name: x\ntrainer: {max_steps: 3}\nseed: 1\ntrainer: {packing: false}\n")
+    with pytest.raises(ConfigError, match="duplicate key trainer"):
+        parse_config(path)
+
+
+def test_a_number_is_a_number_in_a_file_as_on_the_command_line(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(to_yaml(parse_config(MINIMAL)) + "extends: null\n")
+    text = path.read_text().replace("params: {}", "params: {scale: 1e-3}", 1)
+    path.write_text(text)
+    from_file = parse_config(path).task.params
+    assert from_file == parse_config(MINIMAL, ["task.params={scale: 1e-3}"]).task.params
+    assert from_file == {"scale": 0.001}
+
+
+def test_a_reference_to_nothing_is_named():
+    message = error("task.system_prompt=${oops}")
+    assert "task.system_prompt" in message and "oops" in message
 
 
 def test_a_file_extends_another_and_wins_over_it(tmp_path):
