@@ -12,12 +12,16 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from rlalign.errors import RlalignError
 
@@ -41,6 +45,12 @@ class RunDir:
         self.result = path / "result.json"
         self.report = path / "report.html"
 
+    @property
+    def configured_name(self) -> str | None:
+        """The `name` that its configuration gives; the folder may be numbered."""
+        settings = yaml.safe_load(self.config.read_text())
+        return settings.get("name") if isinstance(settings, dict) else None
+
     def create(self, config_yaml: str, manifest: Mapping[str, Any]) -> None:
         """Make the folder with its configuration and manifest. Raises RunDirError if it exists."""
         try:
@@ -55,27 +65,39 @@ class RunDir:
         write_atomic(self.manifest, json.dumps(manifest, indent=2) + "\n")
 
     def append_metrics(self, record: Mapping[str, float]) -> None:
-        """Add one line; figures that are not finite become null, which every JSON reader takes."""
-        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
         with self.metrics.open("a") as file:
-            file.write(json.dumps(finite, allow_nan=False) + "\n")
+            file.write(to_json(record) + "\n")
 
     def rollout_file(self, step: int) -> Path:
         return self.rollouts / f"step_{step:06d}.jsonl"
 
     def write_rollouts(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """One JSON object a sample."""
-        write_atomic(
-            self.rollout_file(step), "".join(json.dumps(row, default=str) + "\n" for row in rows)
-        )
+        write_atomic(self.rollout_file(step), "".join(to_json(row) + "\n" for row in rows))
 
     def write_result(self, result: Mapping[str, Any]) -> None:
-        write_atomic(self.result, json.dumps(result, indent=2) + "\n")
+        write_atomic(self.result, to_json(result, indent=2) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        if not self.metrics.exists():
-            return []
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        """One mapping a finished step; a line that is still being written, or was torn, is no
+        step."""
+        return [json.loads(line) for line in _whole_lines(self.metrics)]
+
+    def read_manifest(self) -> dict[str, Any]:
+        try:
+            return json.loads(self.manifest.read_text())
+        except (OSError, ValueError) as error:
+            raise RunDirError(
+                f"{self.manifest} cannot be read ({error}): not a whole run"
+            ) from error
+
+    def reopen(self, step: int, config_yaml: str, *, keep_result: bool) -> None:
+        """Go back to `step` to go on from there under `config_yaml`. The result stays only where
+        there is nothing left to do."""
+        if not keep_result:
+            self.result.unlink(missing_ok=True)
+        self.discard_after(step)
+        write_atomic(self.config, config_yaml)
 
     def discard_after(self, step: int) -> None:
         """Forget what was recorded after `step`, before a resumed run records it again."""
@@ -97,6 +119,57 @@ def free_run_dir(runs_dir: Path, name: str) -> RunDir:
     return RunDir(path)
 
 
+def run_to_resume(runs_dir: Path, name: str) -> RunDir:
+    """The newest unfinished run among `name`, `name-2`, ...; the newest where all are finished.
+
+    Only runs whose own configuration says `name` count, so `name-2` given by hand is another run,
+    and `name` may also be a folder's full name. Raises RunDirError where there is none.
+    """
+    numbered = re.compile(re.escape(name) + r"(?:-(\d+))?")
+    found: dict[int, RunDir] = {}
+    for path in runs_dir.glob("*"):
+        match, run = numbered.fullmatch(path.name), RunDir(path)
+        if match and run.config.is_file() and (path.name == name or run.configured_name == name):
+            found[int(match[1] or 1)] = run
+    if not found:
+        known = ", ".join(sorted(p.name for p in runs_dir.glob("*") if p.is_dir())) or "none"
+        raise RunDirError(f"--resume: there is no run at {runs_dir / name}; known runs: {known}")
+    newest_first = [found[number] for number in sorted(found, reverse=True)]
+    return next((run for run in newest_first if not run.result.exists()), newest_first[0])
+
+
+def changed_settings(before_yaml: str, after_yaml: str) -> list[str]:
+    """`key: before -> after` for every setting that differs; the name of a run is none."""
+    before, after = (dict(_leaves(yaml.safe_load(text))) for text in (before_yaml, after_yaml))
+    keys = [key for key in (*before, *(after.keys() - before.keys())) if key != "name"]
+    return [
+        f"{key}: {before.get(key)} -> {after.get(key)}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def _leaves(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in settings.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON that every reader takes: numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader, or a kill at any moment, sees the old or the new file."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -116,8 +189,10 @@ def _whole_lines(path: Path) -> list[str]:
 
 
 def make_manifest(seed: int, data_digests: Mapping[str, str], world_size: int) -> dict[str, Any]:
-    """What it takes to run this again: versions, seed, revision, hardware, data."""
+    """What it takes to run this again: versions, seed, revision, hardware, data. `id` tells apart
+    runs of one name in different places."""
     return {
+        "id": uuid.uuid4().hex[:8],
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "seed": seed,
