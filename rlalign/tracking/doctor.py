@@ -191,5 +191,6 @@ SYMPTOMS = [
     _above("kl", 1.0, "the policy is far from its reference", "lower the rate, raise algo.beta"),
     _above("rewards/errors/timeout", 0, "rewards time out", "raise rewards.timeout_s"),
     _above("rewards/errors/crash", 0, "a reward function raises", "see rewards/errors in the log"),
+    _above("rewards/errors/oom", 0, "rewards run out of memory", "raise the reward's memory limit"),
     _above("rewards/errors/invalid", 0, "a reward returns no number", "return float or None"),
 ]

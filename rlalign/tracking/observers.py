@@ -29,15 +29,15 @@ class Observer(Protocol):
 
 def make_observers(config: Config, run_dir: RunDir, *, live: bool) -> list[Observer]:
     observers: list[Observer] = []
-    if live:
-        from rlalign.tracking.live import LiveView, PlainView
-
-        view = LiveView if sys.stdout.isatty() else PlainView
-        observers.append(view(run_dir.path.name, config.trainer.max_steps))
     if config.tracking.tensorboard:
         observers.append(TensorBoardObserver(run_dir))
     if config.tracking.wandb != "disabled":
         observers.append(WandbObserver(config, run_dir))
+    if live:  # last: it takes over the terminal, which a logger that cannot start would not free
+        from rlalign.tracking.live import LiveView, PlainView
+
+        view = LiveView if sys.stdout.isatty() else PlainView
+        observers.append(view(run_dir.path.name, config.trainer.max_steps))
     return observers
 
 
@@ -59,9 +59,10 @@ class TensorBoardObserver:
         self._writer.flush()
 
     def finish(self, result: Mapping[str, Any]) -> None:
+        task = result["config"]["task"]["eval"]
         for moment, step in (("before", 0), ("after", result["steps"])):
             for name, value in result["eval"][moment].items():
-                self._writer.add_scalar(f"eval/{name}", value, step)
+                self._writer.add_scalar(f"eval/{task}/{name}", value, step)
 
     def close(self) -> None:
         self._writer.close()
@@ -71,21 +72,16 @@ class WandbObserver:
     """Weights & Biases; `offline` writes beside the run and needs no account."""
 
     def __init__(self, config: Config, run_dir: RunDir) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise TrackingError(
-                f"tracking.wandb = {config.tracking.wandb!r} but wandb is not installed: "
-                "pip install 'rlalign[wandb]', or tracking.wandb=disabled"
-            ) from error
         import dataclasses
+
+        import wandb
 
         settings = wandb.Settings(init_timeout=60, silent=True)
         try:
             self._run = wandb.init(
                 project=config.tracking.wandb_project,
                 name=run_dir.path.name,
-                id=run_dir.path.name,
+                id=f"{run_dir.path.name}-{run_dir.read_manifest()['id']}",
                 resume="allow",
                 dir=str(run_dir.path),
                 mode=config.tracking.wandb,  # type: ignore[arg-type]
@@ -105,9 +101,10 @@ class WandbObserver:
         self._run.log({k: v for k, v in figures.items() if k != "step"}, step=int(figures["step"]))
 
     def finish(self, result: Mapping[str, Any]) -> None:
+        task = result["config"]["task"]["eval"]
         for moment in ("before", "after"):
             for name, value in result["eval"][moment].items():
-                self._run.summary[f"eval/{name}/{moment}"] = value
+                self._run.summary[f"eval/{task}/{name}/{moment}"] = value
 
     def close(self) -> None:
         self._run.finish()
