@@ -58,7 +58,7 @@ def summarize(groups: Sequence[Group], acc_B: torch.Tensor, threshold: float = 0
     """Rates over prompts. `acc_B` has one entry a sample, NaN where it could not be scored.
 
     An unscorable sample is left out of its prompt's n; a prompt without any scorable sample is left
-    out whole. Both are counted.
+    out whole. The share of such samples is `unscorable` among the figures, where there are any.
     """
     pass1, majority, curves = [], [], []
     at = 0
@@ -74,9 +74,10 @@ def summarize(groups: Sequence[Group], acc_B: torch.Tensor, threshold: float = 0
         majority.append(_majority(scored))
         curves.append({k: pass_at_k(len(scored), right, k) for k in _powers(len(scored))})
     unscorable = int(torch.isnan(acc_B).sum())
+    metrics = {"unscorable": unscorable / len(acc_B)} if unscorable else {}
     if not pass1:
-        return EvalResult(len(groups), len(acc_B), unscorable, {})
-    metrics = {"pass@1": sum(pass1) / len(pass1), "ci95": half_width(pass1)}
+        return EvalResult(len(groups), len(acc_B), unscorable, metrics)
+    metrics |= {"pass@1": sum(pass1) / len(pass1), "ci95": half_width(pass1)}
     for k in sorted(set.intersection(*(set(curve) for curve in curves)) - {1}):
         metrics[f"pass@{k}"] = sum(curve[k] for curve in curves) / len(curves)
     if max(len(curve) for curve in curves) > 1:

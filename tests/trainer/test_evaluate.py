@@ -45,6 +45,7 @@ def test_unscorable_samples_leave_their_prompt_and_are_counted():
     groups = [group("a", "1", "2"), group("b", "3", "4")]
     result = summarize(groups, torch.tensor([1.0, math.nan, math.nan, math.nan]))
     assert result.metrics["pass@1"] == 1.0
+    assert result.metrics["unscorable"] == 0.75
     assert (result.num_prompts, result.num_unscorable) == (2, 3)
 
 
@@ -62,7 +63,7 @@ def test_figures_of_a_hand_made_case():
 
 
 def test_nothing_scorable_gives_no_figures_rather_than_zero():
-    assert summarize([group("a", "x")], torch.tensor([math.nan])).metrics == {}
+    assert summarize([group("a", "x")], torch.tensor([math.nan])).metrics == {"unscorable": 1.0}
 
 
 @pytest.mark.parametrize(
