@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rlalign import algos
 from rlalign.config import Config, parse_config
+
+RewardFunctions = Mapping[str, Callable[..., Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,20 +28,34 @@ class Result:
 def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file or a mapping, apply `key=value` overrides, fill in the algorithm's preset.
 
-    Raises ConfigError (unknown key, wrong type, out of range) or AlgoError (fields that contradict
-    each other).
+    Raises ConfigError (unknown key, wrong type, out of range, settings that contradict each other)
+    or AlgoError (the same within `algo`).
     """
+    from rlalign.trainer.checks import check_config
+
     config = parse_config(source, overrides)
     shared = config.rollout.engine == "hf"
     config.algo = algos.resolve(config.algo, engine_shares_parameters=shared)
+    check_config(config)
     return config
 
 
-def train(config: Config, *, resume: bool = False, quiet: bool = False) -> Result:
-    """Run `config` end to end; `resume` goes on from the newest checkpoint of `runs_dir/name`.
+def train(
+    config: Config,
+    *,
+    resume: bool = False,
+    quiet: bool = False,
+    reward_functions: RewardFunctions | None = None,
+) -> Result:
+    """Run `config` end to end; `resume` goes on from the newest checkpoint of the newest unfinished
+    run of that name.
 
-    `quiet` leaves out the live view. Raises what the parts raise; the run directory stays, and
-    `resume` continues it.
+    `reward_functions` are Python callables that `rewards.functions` refers to by their keys
+    (docs/rewards.md). `quiet` leaves out the live view. Raises what the parts raise; the run
+    directory stays, and `resume` continues it.
+
+    >>> config = load_config("mine.yaml", ["rewards.functions=[{name: short}]"])
+    >>> train(config, reward_functions={"short": lambda completions, **_: [...]})
     """
     from rlalign.tracking.observers import make_observers
     from rlalign.trainer.build import open_job
@@ -47,18 +64,27 @@ def train(config: Config, *, resume: bool = False, quiet: bool = False) -> Resul
     def observers(config: Config, run_dir: Any) -> Sequence[Any]:
         return make_observers(config, run_dir, live=config.tracking.live and not quiet)
 
-    with open_job(config, resume=resume, make_observers=observers) as job:
+    with open_job(
+        config, resume=resume, reward_functions=reward_functions, make_observers=observers
+    ) as job:
         return Result(job.run_dir.path, run(job))
 
 
-def evaluate(config: Config, *, checkpoint: str | Path | None = None) -> Mapping[str, float]:
+def evaluate(
+    config: Config,
+    *,
+    checkpoint: str | Path | None = None,
+    reward_functions: RewardFunctions | None = None,
+) -> Mapping[str, float]:
     """Held-out figures of `config.task.eval`: pass@1 with its interval, pass@k, majority vote.
 
-    `checkpoint` is a model folder to evaluate in place of `config.model.path`.
+    `checkpoint` is a model folder to evaluate in place of `config.model.path`; `reward_functions`
+    as in `train`.
     """
     from rlalign.trainer.build import open_evaluation
 
     if checkpoint is not None:
-        config.model.path = str(checkpoint)
-    with open_evaluation(config) as evaluation:
+        model = dataclasses.replace(config.model, path=str(checkpoint))
+        config = dataclasses.replace(config, model=model)
+    with open_evaluation(config, reward_functions=reward_functions) as evaluation:
         return evaluation().metrics

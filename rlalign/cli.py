@@ -29,7 +29,9 @@ Overrides = Annotated[
 def train(
     config: ConfigPath,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[
+        bool, typer.Option(help="Go on with the newest unfinished run of this name.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option(help="Print the resolved config and stop.")] = False,
 ) -> None:
     """Train one run, end to end.
@@ -43,8 +45,12 @@ def train(
     if dry_run:
         out.print(to_yaml(resolved), end="", markup=False, highlight=False, soft_wrap=True)
         return
-    result = api.train(resolved, resume=resume)
-    if os.environ.get("RANK", "0") == "0":
+    try:
+        result = api.train(resolved, resume=resume)
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command with --resume goes on from the last checkpoint")
+        raise typer.Exit(130) from None
+    if _is_main_process():
         _print_result(result)
 
 
@@ -63,7 +69,7 @@ def evaluate(
     from rlalign import api
 
     figures = api.evaluate(api.load_config(config, overrides or []), checkpoint=checkpoint)
-    for name, value in figures.items():
+    for name, value in figures.items() if _is_main_process() else ():
         out.print(f"{name:10} {value:.4f}")
 
 
@@ -86,7 +92,10 @@ def verify(
 
 @app.command()
 def algos() -> None:
-    """List the algorithms and what each preset expands to."""
+    """List the algorithms and what each preset expands to.
+
+    Example: `rlalign algos`
+    """
     from rlalign import algos as registry
 
     for name in registry.names():
@@ -139,6 +148,10 @@ def bench(
         raise typer.Exit(1)
 
 
+def _is_main_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _print_result(result) -> None:
     before, after = result.summary["eval"]["before"], result.summary["eval"]["after"]
     out.print(
@@ -164,9 +177,6 @@ def main() -> None:
         text = escape(f"{type(error).__name__}: {error}")
         err.print(f"[red]error:[/red] {text}", soft_wrap=True, highlight=False)
         sys.exit(1)
-    except KeyboardInterrupt:
-        err.print("interrupted; `--resume` goes on from the last checkpoint")
-        sys.exit(130)
 
 
 if __name__ == "__main__":

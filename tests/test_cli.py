@@ -9,8 +9,10 @@ import pytest
 import yaml
 from transformers import AutoTokenizer
 
+import rlalign
 from rlalign import cli
 from rlalign.models.random import write_random_model
+from rlalign.tracking.rundir import RunDir
 from tests.support import ROOT, tiny_settings
 
 
@@ -90,6 +92,18 @@ CASES = {
         ["cuda", "no usable GPU"],
     ),
     "ZeRO without DeepSpeed": (lambda folder: "trainer.zero_stage=2", ["zero_stage", "deepspeed"]),
+    "evaluation without a correctness": (
+        lambda folder: f"task.eval={folder / 'train.jsonl'}",
+        ["regex, regex", "accuracy: true"],
+    ),
+    "temperature beyond vLLM's": (
+        lambda folder: "rollout={engine: vllm, temperature: 3}",
+        ["rollout.temperature = 3", "0.01 to 2"],
+    ),
+    "sequences longer than vLLM's": (
+        lambda folder: "rollout={engine: vllm, vllm: {max_model_len: 20}}",
+        ["max_model_len = 20", "28"],
+    ),
     "resume of nothing": (lambda folder: "--resume", ["there is no run"]),
 }
 
@@ -141,6 +155,51 @@ def test_dry_run_prints_what_the_run_would_use_and_writes_nothing(
     assert not (tmp_path / "runs").exists()
 
 
+def test_dry_run_refuses_settings_that_contradict_each_other(config, capsys, monkeypatch):
+    status, out, err = run(
+        capsys, monkeypatch, "train", str(config), "trainer.zero_stage=2", "--dry-run"
+    )
+    assert status == 1 and not out
+    assert "needs trainer.engine=deepspeed" in err
+
+
+def test_an_interrupt_says_how_to_go_on(config, capsys, monkeypatch):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rlalign.api.train", interrupted)
+    status, _, err = run(capsys, monkeypatch, "train", str(config))
+    assert status == 130 and "--resume" in err and "Traceback" not in err
+
+
+def test_eval_of_a_checkpoint_gives_the_figures_of_the_run_and_changes_no_config(
+    config, tmp_path, capsys, monkeypatch
+):
+    settings = [
+        f"task.eval={tmp_path / 'train.jsonl'}",
+        "rewards.functions=[{name: regex, params: {pattern: '[a-f]', full: false}}]",
+        "trainer.max_steps=2",
+    ]
+    result = rlalign.train(rlalign.load_config(config, settings), quiet=True)
+    last = result.path / "checkpoints" / "step_2"
+    status, out, err = run(
+        capsys, monkeypatch, "eval", str(config), *settings, "--checkpoint", str(last)
+    )
+    assert status == 0, err
+    assert f"pass@1     {result.summary['eval']['after']['pass@1']:.4f}" in out
+    loaded = rlalign.load_config(config, settings)
+    rlalign.evaluate(loaded, checkpoint=last)
+    assert loaded.model.path == str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("command", ["report", "doctor"])
+def test_a_run_without_steps_is_no_traceback(command, tmp_path, capsys, monkeypatch):
+    RunDir(tmp_path / "run").create("name: run\n", {})
+    status, out, err = run(capsys, monkeypatch, command, str(tmp_path / "run"))
+    assert status == (0 if command == "report" else 1)
+    assert "Traceback" not in err and (out or "no metrics" in err)
+
+
 @pytest.mark.parametrize("name", ["mini", "single_gpu", "multi_gpu"])
 def test_shipped_configs_resolve(name, capsys, monkeypatch):
     path = str(ROOT / "configs" / "grpo" / f"{name}.yaml")
@@ -179,7 +238,7 @@ def test_the_single_gpu_config_trains_a_shrunken_model_on_its_kind_of_data(
 
 
 def test_every_command_has_help_with_an_example():
-    for command in ("train", "eval", "verify", "report", "doctor", "bench"):
+    for command in ("train", "eval", "verify", "algos", "report", "doctor", "bench"):
         shown = subprocess.run(
             [sys.executable, "-m", "rlalign.cli", command, "--help"],
             capture_output=True,

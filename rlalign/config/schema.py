@@ -170,7 +170,6 @@ class LoraConfig:
 
     rank: int = option(0, "Rank of the adapters; 0 trains the full model.", ge=0)
     alpha: float = option(32.0, "Scale: adapters are multiplied by alpha/rank.", gt=0)
-    dropout: float = option(0.0, "Dropout on the adapters' input.", ge=0, le=1)
     target_modules: str = option("all-linear", "PEFT target modules: a regex, or `all-linear`.")
 
 
@@ -276,7 +275,8 @@ class RewardSpec:
 
     name: str = option(
         MISSING,
-        "A built-in (`rlalign doctor` lists them) or an import path, `package.module:function`.",
+        "A built-in (docs/rewards.md), an import path `package.module:function`, or a key of the "
+        "`reward_functions` given to `rlalign.train`.",
     )
     weight: float = option(1.0, "Factor in the weighted sum.")
     params: dict[str, Any] = option({}, "Keyword arguments of the function's factory.")
@@ -349,6 +349,11 @@ class TrainerConfig:
     checkpoint_every: int = option(0, "Steps between checkpoints; 0: at the end only.", ge=0)
     keep_checkpoints: int = option(2, "Older ones are removed.", ge=1)
     max_skipped_steps: int = option(10, "Non-finite steps in a row before the run stops.", ge=1)
+    exchange_timeout_s: float = option(
+        1800.0,
+        "How long a process waits for the others at one exchange before the run stops, seconds.",
+        gt=0,
+    )
     optim: OptimConfig = section(OptimConfig, "Optimizer.")
 
 
@@ -369,7 +374,7 @@ class Config:
     """One run."""
 
     name: str = option(MISSING, "The run directory's name.")
-    seed: int = option(0, "Keys every random choice.", ge=0)
+    seed: int = option(0, "Keys every random choice.", ge=0, le=2**32 - 1)
     algo: AlgoConfig = section(AlgoConfig, "What is learned.")
     model: ModelConfig = section(ModelConfig, "The policy.")
     task: TaskConfig = section(TaskConfig, "The prompts.")

@@ -30,7 +30,7 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number does
-        lora_dropout=config.dropout,
+        lora_dropout=0.0,  # ratios compare policies, so the forward pass may not be random
         target_modules=config.target_modules,
         task_type="CAUSAL_LM",
     )

@@ -33,7 +33,8 @@ class Collected:
     """Groups of one or more rollout batches with one score per sample, in order."""
 
     groups: list[Group] = field(default_factory=list)
-    scores: list[Scores] = field(default_factory=list)  # one entry a group
+    scores: list[Scores] = field(default_factory=list)  # one entry a group, without error counts
+    errors: Counter[str] = field(default_factory=Counter)  # failed verdicts by kind, as below
     rollout_s: float = 0.0
     reward_s: float = 0.0
     generated_tokens: int = 0  # of all groups rolled out, kept or not
@@ -44,35 +45,32 @@ class Collected:
             "rollout_s": self.rollout_s,
             "reward_s": self.reward_s,
             "generated_tokens": self.generated_tokens,
+            "errors": dict(self.errors),
         }
 
     def select(self, indices: Sequence[int]) -> Collected:
-        """These groups only; times and generated tokens stay those of the whole rollout. Error
-        counts of the groups left out go with the first one kept, so that none is lost."""
-        scores = [self.scores[i] for i in indices]
-        if scores:
-            errors = dict(sum((Counter(s.errors) for s in self.scores), Counter()))
-            clean = [dataclasses.replace(score, errors={}) for score in scores]
-            scores = [dataclasses.replace(clean[0], errors=errors), *clean[1:]]
-        return dataclasses.replace(self, groups=[self.groups[i] for i in indices], scores=scores)
+        """These groups only; times, generated tokens and errors stay those of the whole rollout."""
+        groups, scores = [self.groups[i] for i in indices], [self.scores[i] for i in indices]
+        return dataclasses.replace(self, groups=groups, scores=scores)
 
     def extend(self, other: Collected) -> None:
         self.groups += other.groups
         self.scores += other.scores
+        self.errors += other.errors
         self.rollout_s += other.rollout_s
         self.reward_s += other.reward_s
         self.generated_tokens += other.generated_tokens
 
     def all_scores(self) -> Scores:
-        """The scores of all samples, one row a sample."""
+        """The scores of all samples, one row a sample, with the errors of all rolled out."""
         if not self.scores:
-            return Scores(torch.zeros(0), torch.zeros(0))
+            return Scores(torch.zeros(0), torch.zeros(0), errors=dict(self.errors))
         names = self.scores[0].by_function
         return Scores(
             reward_B=torch.cat([s.reward_B for s in self.scores]),
             acc_B=torch.cat([s.acc_B for s in self.scores]),
             by_function={n: torch.cat([s.by_function[n] for s in self.scores]) for n in names},
-            errors=dict(sum((Counter(s.errors) for s in self.scores), Counter())),
+            errors=dict(self.errors),
         )
 
 
@@ -120,11 +118,13 @@ def roll_out(
     parts = []
     for r, payload in enumerate(payloads):
         groups, scores, figures = wire.decode(payload, prompts[r :: world.size])
-        parts.append(Collected(groups, scores, **figures))
+        errors = Counter(figures.pop("errors"))
+        parts.append(Collected(groups, scores, errors, **figures))
     whole = Collected(
         rollout_s=max(part.rollout_s for part in parts),
         reward_s=max(part.reward_s for part in parts),
         generated_tokens=sum(part.generated_tokens for part in parts),
+        errors=sum((part.errors for part in parts), Counter()),
     )
     for i in range(len(prompts)):
         whole.groups.append(parts[i % world.size].groups[i // world.size])
@@ -143,13 +143,19 @@ def _sample_and_score(
     samples = engine.generate(requests, params)
     sampled = time.perf_counter()
     groups = [Group(p, tuple(s)) for p, s in zip(prompts, samples, strict=True)]
-    scores = split_scores(scorer.score(groups), [len(group.samples) for group in groups])
-    tokens = sum(len(sample.token_ids) for group in groups for sample in group.samples)
-    return Collected(groups, scores, sampled - start, time.perf_counter() - sampled, tokens)
+    scores = scorer.score(groups)
+    return Collected(
+        groups,
+        split_scores(scores, [len(group.samples) for group in groups]),
+        Counter(scores.errors),
+        rollout_s=sampled - start,
+        reward_s=time.perf_counter() - sampled,
+        generated_tokens=sum(len(s.token_ids) for group in groups for s in group.samples),
+    )
 
 
 def split_scores(scores: Scores, sizes: Sequence[int]) -> list[Scores]:
-    """One `Scores` a group; the batch's error counts go with the first."""
+    """One `Scores` a group, without the error counts, which belong to the batch."""
     rewards, accs = scores.reward_B.split(list(sizes)), scores.acc_B.split(list(sizes))
     functions = {name: value.split(list(sizes)) for name, value in scores.by_function.items()}
     return [
@@ -157,7 +163,6 @@ def split_scores(scores: Scores, sizes: Sequence[int]) -> list[Scores]:
             reward_B=rewards[i],
             acc_B=accs[i],
             by_function={name: value[i] for name, value in functions.items()},
-            errors=scores.errors if i == 0 else {},
         )
         for i in range(len(sizes))
     ]

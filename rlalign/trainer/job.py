@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,13 +63,17 @@ class Job:
     @property
     def check_sequence(self) -> tuple[int, ...]:
         """Tokens on which engine and trainer are compared after every weight update."""
-        return self.train_prompts[0].token_ids[:64]
+        ids = self.train_prompts[0].token_ids
+        return (*ids, ids[0])[:64]  # at least two, and no longer than a prompt with a completion
 
-    def sampling(self) -> AbstractContextManager[None]:
-        """While it lasts the rollout engine may read its weights, whoever owns them."""
-        if self.rollout.capabilities.shares_parameters:
-            return self.engine.full_parameters()
-        return nullcontext()
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The rollout engine is awake and may read its weights, whoever owns them; asleep after."""
+        shared = self.rollout.capabilities.shares_parameters
+        with self.engine.full_parameters() if shared else nullcontext():
+            self.rollout.wake()
+            yield
+            self.rollout.sleep()
 
     def rollout_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """What the rollout engine is sent: its own parameters back, or the merged HF weights."""

@@ -19,7 +19,7 @@ from rlalign.trainer import record
 from rlalign.trainer.batch import check_versions, make_train_batch
 from rlalign.trainer.collect import Collected, make_requests, roll_out
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
-from rlalign.trainer.job import Job
+from rlalign.trainer.job import Job, Progress
 from rlalign.trainer.publish import check_engine, publish
 from rlalign.trainer.schedule import lr_schedule
 from rlalign.trainer.update import UpdateResult, prepare, sequence_logp, update
@@ -39,11 +39,13 @@ def run(job: Job) -> dict[str, Any]:
     while progress.step < config.trainer.max_steps:
         figures, rows = train_step(job)
         progress.step += 1
+        progress.eval_after = {}  # of an earlier end of this run
         progress.wall_s = time.perf_counter() - start
         if due(progress.step, config.trainer.eval_every, config.trainer.max_steps):
             held_out = evaluate(job).metrics
             figures |= {f"eval/{config.task.eval}/{name}": v for name, v in held_out.items()}
         job.record_step({"step": progress.step, **figures}, rows)
+        check_skipped(job)
         if due(progress.step, config.trainer.checkpoint_every, config.trainer.max_steps):
             job.save_checkpoint()
     if job.eval_prompts and not progress.eval_after:
@@ -74,7 +76,7 @@ def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
 
     lr = lr_schedule(step, config.trainer.optim, config.trainer.max_steps)
     updated = update(job.engine, batch, config, job.world, step, lr)
-    _watch_skipped(job, updated)
+    count_skipped(progress, updated)
     marks.append(time.perf_counter())
 
     figures = record.sample_metrics(groups, scores, batch, config.algo)
@@ -148,13 +150,18 @@ def evaluate(job: Job) -> EvalResult:
         return run_evaluation(job.rollout, job.scorer, prompts, job.config, job.world)
 
 
-def _watch_skipped(job: Job, updated: UpdateResult) -> None:
+def count_skipped(progress: Progress, updated: UpdateResult) -> None:
+    """Optimizer steps with a non-finite gradient: in all, and since the last one that was taken."""
+    progress.skipped_steps += updated.skipped_steps
+    if updated.optimizer_steps:
+        progress.skipped_in_a_row = 0
+    else:
+        progress.skipped_in_a_row += updated.skipped_steps
+
+
+def check_skipped(job: Job) -> None:
     """Stop when non-finite gradients come one after the other: the weights are then frozen."""
     progress, limit = job.progress, job.config.trainer.max_skipped_steps
-    progress.skipped_steps += updated.skipped_steps
-    progress.skipped_in_a_row = (
-        progress.skipped_in_a_row + updated.skipped_steps if updated.skipped_steps else 0
-    )
     if progress.skipped_in_a_row >= limit:
         raise TrainingStopped(
             f"{progress.skipped_in_a_row} optimizer steps in a row had a non-finite gradient "

@@ -32,7 +32,7 @@ class UpdateResult:
     optimizer_steps: int = 0
     skipped_steps: int = 0  # non-finite gradients
     empty_steps: int = 0  # no token carried gradient
-    train_tokens: int = 0
+    train_tokens: int = 0  # prompts and completions that went through training, all processes
     backward_s: float = 0.0
     step_s: float = 0.0
 
@@ -76,10 +76,11 @@ def update(
             result.empty_steps += 1
             continue
         start = time.perf_counter()
-        tokens = accumulate_gradient(engine, minibatch.rows(learning), config, world, metrics)
+        minibatch = minibatch.rows(learning)
+        accumulate_gradient(engine, minibatch, config, world, metrics)
         middle = time.perf_counter()
         outcome = engine.step(lr)
-        result.train_tokens += tokens
+        result.train_tokens += sum(len(sequence) for sequence in minibatch.sequences)
         result.backward_s += middle - start
         result.step_s += time.perf_counter() - middle
         result.optimizer_steps += not outcome.skipped
@@ -135,11 +136,11 @@ def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:
 
 def accumulate_gradient(
     engine: TrainEngine, minibatch: TrainBatch, config: Config, world: World, metrics: list[Metrics]
-) -> int:
-    """Forward and backward over this process's micro-batches; returns its number of tokens."""
+) -> None:
+    """Forward and backward over this process's micro-batches; adds each one's figures to
+    `metrics`."""
     local = algos.depends_on_split(config.algo)
     parts = my_micro_batches(minibatch, config, world)
-    tokens = 0
     for rows in parts:
         micro = minibatch.rows(rows).to(world.device)
         if local:
@@ -148,8 +149,6 @@ def accumulate_gradient(
         loss = algos.policy_loss(output.logp_BT, micro, config.algo, entropy_BT=output.entropy_BT)
         engine.backward(loss.loss)
         metrics.append(loss.metrics)
-        tokens += sum(len(sequence) for sequence in micro.sequences)
-    return tokens
 
 
 def my_micro_batches(batch: TrainBatch, config: Config, world: World) -> list[list[int]]:

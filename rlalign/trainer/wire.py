@@ -19,7 +19,7 @@ LENGTH_BYTES = 8
 
 
 def encode(groups: Sequence[Group], scores: Sequence[Scores], figures: dict[str, Any]) -> bytes:
-    """`scores` holds one entry a group; `figures` are further numbers by name."""
+    """`scores` holds one entry a group; `figures` is anything more that JSON can hold."""
     samples = [sample for group in groups for sample in group.samples]
     header = {
         "figures": figures,

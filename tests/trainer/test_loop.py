@@ -4,12 +4,19 @@ and what each preset needs is there."""
 import json
 
 import pytest
+import torch
 
 import rlalign
 from rlalign import algos
+from rlalign.config import ConfigError
 from rlalign.rewards import RewardError
 from rlalign.rollout.hf import HFEngine
+from rlalign.trainer import build
+from rlalign.trainer.engine import GuardedAdamW
+from rlalign.trainer.job import Progress
+from rlalign.trainer.loop import TrainingStopped, count_skipped
 from rlalign.trainer.publish import WeightSyncError
+from rlalign.trainer.update import UpdateResult
 from tests.support import ROOT, tiny_config
 
 
@@ -127,3 +134,122 @@ def test_a_reward_that_raises_stops_the_run_with_its_own_words(tmp_path, monkeyp
     overrides = ["rewards.functions=[{name: 'broken_reward:reward'}]"]
     with pytest.raises(RewardError, match="no such gold answer"):
         rlalign.train(tiny_config(tmp_path, overrides), quiet=True)
+
+
+def test_no_signal_at_all_is_a_step_without_samples_where_the_user_says_so(tmp_path):
+    overrides = [
+        "algo.filter_groups.enable=true",
+        "algo.filter_groups.max_num_gen_batches=2",
+        "algo.filter_groups.on_exhausted=train",
+        "rewards.functions=[{name: regex, params: {pattern: 'never ever'}, accuracy: true}]",
+        "trainer.max_steps=1",
+    ]
+    [row] = rows_of(rlalign.train(tiny_config(tmp_path, overrides), quiet=True))
+    assert row["reward"] is None and row["optim/empty_steps"] == 1
+    assert row["sampling/groups_generated"] == 6
+
+
+def half_broken(prompts, completions, **columns):
+    """Every other verdict is no number: an error of kind `invalid`."""
+    return ["?" if i % 2 else 0.0 for i in range(len(completions))]
+
+
+def test_failed_verdicts_of_groups_that_are_not_kept_are_counted_too(tmp_path):
+    overrides = [
+        "algo.filter_groups.enable=true",
+        "algo.filter_groups.max_num_gen_batches=2",
+        "algo.filter_groups.on_exhausted=train",
+        "rewards.functions=[{name: broken}]",
+        "rewards.max_error_rate=1",
+        "trainer.max_steps=1",
+    ]
+    config = tiny_config(tmp_path, overrides)
+    functions = {"broken": half_broken}
+    [row] = rows_of(rlalign.train(config, quiet=True, reward_functions=functions))
+    assert row["rewards/errors/invalid"] == 2 * 3 * 4 / 2  # rollouts, prompts, samples
+
+
+def test_a_python_callable_is_a_reward(tmp_path):
+    config = tiny_config(tmp_path, ["rewards.functions=[{name: letters}]", "trainer.max_steps=1"])
+
+    def letters(completions, **columns):
+        return [sum(char in "abc" for char in text) for text in completions]
+
+    result = rlalign.train(config, quiet=True, reward_functions={"letters": letters})
+    rows = (result.path / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    for row in map(json.loads, rows):
+        assert row["reward"] == letters([row["completion"]])[0]
+
+
+def test_a_callable_that_no_reward_names_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"'letters', which rewards\.functions does not name"):
+        rlalign.train(tiny_config(tmp_path), quiet=True, reward_functions={"letters": len})
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_seed_keys_the_order_of_the_prompts(tmp_path):
+    orders = []
+    for seed in (0, 1):
+        overrides = [f"seed={seed}", f"name=seed{seed}", "trainer.max_steps=1"]
+        result = rlalign.train(tiny_config(tmp_path, overrides), quiet=True)
+        rows = (result.path / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+        orders.append([json.loads(row)["prompt_id"] for row in rows])
+    assert orders[0] != orders[1]
+
+
+def test_prompts_of_one_token_and_steps_larger_than_the_data_train(tmp_path):
+    tiny_config(tmp_path)
+    rows = [{"prompt": digit} for digit in "12"]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    overrides = ["trainer.prompts_per_step=5", "trainer.max_steps=2"]
+    result = rlalign.train(tiny_config(tmp_path, overrides), quiet=True)
+    samples = (result.path / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    drawn = [(row["prompt_id"], row["index"]) for row in map(json.loads, samples)]
+    assert len(drawn) == len(set(drawn)) == 20  # the same prompt again draws other samples
+
+
+def test_the_engine_sleeps_while_the_trainer_works_and_is_awake_when_asked(tmp_path, monkeypatch):
+    state = {"awake": True, "naps": 0}
+    original, generate = build.build_rollout_engine, HFEngine.generate
+
+    def sleepy(*args, **kwargs):
+        engine = original(*args, **kwargs)
+        engine.sleep = lambda: state.update(awake=False, naps=state["naps"] + 1)
+        engine.wake = lambda: state.update(awake=True)
+        return engine
+
+    def checked(self, requests, params):
+        assert state["awake"]
+        return generate(self, requests, params)
+
+    def step(self, closure=None):
+        assert not state["awake"]
+        return guarded(self, closure)
+
+    guarded = GuardedAdamW.step
+    monkeypatch.setattr(build, "build_rollout_engine", sleepy)
+    monkeypatch.setattr(HFEngine, "generate", checked)
+    monkeypatch.setattr(GuardedAdamW, "step", step)
+    rlalign.train(tiny_config(tmp_path, ["trainer.max_steps=2"]), quiet=True)
+    assert state["naps"] >= 4
+
+
+def test_skipped_steps_in_a_row_end_with_the_next_step_that_is_taken():
+    progress = Progress()
+    for skipped, taken in [(1, 0), (1, 3), (2, 0), (0, 0), (1, 0)]:  # (0, 0): nothing to learn from
+        count_skipped(progress, UpdateResult(skipped_steps=skipped, optimizer_steps=taken))
+    assert (progress.skipped_steps, progress.skipped_in_a_row) == (5, 3)
+
+
+def test_gradients_that_stay_non_finite_stop_the_run_with_its_last_step_recorded(
+    tmp_path, monkeypatch
+):
+    forward = build.TorchEngine.backward
+    monkeypatch.setattr(
+        build.TorchEngine, "backward", lambda self, loss: forward(self, loss * torch.inf)
+    )
+    config = tiny_config(tmp_path, ["trainer.max_skipped_steps=2", "trainer.max_steps=9"])
+    with pytest.raises(TrainingStopped, match="2 optimizer steps in a row"):
+        rlalign.train(config, quiet=True)
+    lines = (tmp_path / "runs" / "tiny" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["optim/skipped_steps"] for line in lines] == [1, 1]

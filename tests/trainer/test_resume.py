@@ -10,6 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 import rlalign
+from rlalign.tracking.rundir import RunDirError
 from tests.support import ROOT, tiny_config
 
 OVERRIDES = ["trainer.max_steps=5", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=9"]
@@ -19,6 +20,7 @@ OVERRIDES = ["trainer.max_steps=5", "trainer.checkpoint_every=2", "trainer.keep_
 KILLED = """
 import importlib, os, signal, sys
 import rlalign
+from rlalign.tracking.rundir import RunDirError
 from tests.support import tiny_config
 folder, module, owner, name, patience, *overrides = sys.argv[1:]
 place = importlib.import_module(module)
@@ -116,3 +118,46 @@ def test_another_engine_goes_on_from_the_same_checkpoint(undisturbed, tmp_path):
     for mine, other in zip(ours, theirs, strict=True):
         assert mine["reward"] == pytest.approx(other["reward"], abs=1e-5)
         assert mine["optim/grad_norm"] == pytest.approx(other["optim/grad_norm"], rel=1e-3)
+
+
+RIGHT = "rewards.functions=[{name: regex, params: {pattern: '[a-f]', full: false}}]"
+VARIANTS = {
+    "dynamic sampling": [
+        "algo.filter_groups.enable=true",
+        "algo.filter_groups.metric=reward",
+        "algo.filter_groups.max_num_gen_batches=20",
+    ],
+    "several optimizer steps": ["algo.num_minibatches=2", "algo.num_iterations=2"],
+    "LoRA, KL in the reward": ["model.lora.rank=4", "algo.beta=0.1", "algo.kl_in=reward"],
+    "evaluation": ["trainer.eval_every=2", "trainer.eval_samples=2", "task.eval=DATA", RIGHT],
+    "epochs within a step": ["trainer.prompts_per_step=20"],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_that_is_made_longer_equals_one_that_was_meant_so(variant, tmp_path):
+    """It ends after 3 steps, and goes on to 5 from its last checkpoint."""
+    data = str(tmp_path / "train.jsonl")
+    overrides = [item.replace("DATA", data) for item in (*OVERRIDES, *VARIANTS[variant])]
+    whole = rlalign.train(tiny_config(tmp_path, [*overrides, "name=whole"]), quiet=True)
+    rlalign.train(tiny_config(tmp_path, [*overrides, "trainer.max_steps=3"]), quiet=True)
+    longer = rlalign.train(tiny_config(tmp_path, overrides), resume=True, quiet=True)
+    assert_same_run(longer.path, whole.path)
+    assert longer.summary["eval"] == whole.summary["eval"]
+    assert json.loads((longer.path / "result.json").read_text())["steps"] == 5
+    assert "max_steps: 5" in (longer.path / "config.yaml").read_text()
+
+
+@pytest.mark.parametrize("change", ["seed", "training data"])
+def test_another_seed_or_other_data_is_another_run(change, undisturbed, tmp_path):
+    folder = undisturbed.parent.parent
+    config = tiny_config(folder, OVERRIDES)
+    if change == "seed":
+        config.seed = 7
+    else:
+        (tmp_path / "other.jsonl").write_text('{"prompt": "1+1=?"}\n')
+        config.task.train = str(tmp_path / "other.jsonl")
+    before = (undisturbed / "result.json").read_text()
+    with pytest.raises(RunDirError, match=f"began with {change}"):
+        rlalign.train(config, resume=True, quiet=True)
+    assert (undisturbed / "result.json").read_text() == before

@@ -47,3 +47,6 @@ def test_two_processes_take_the_steps_of_one(stage, tmp_path):
         assert other["optim/grad_norm"] == pytest.approx(one["optim/grad_norm"], rel=1e-5)
         assert other["entropy"] == pytest.approx(one["entropy"], rel=1e-5)
     assert (two / "checkpoints" / "step_2" / "manifest.json").exists()
+    one, other = (json.loads((run / "result.json").read_text()) for run in (alone.path, two))
+    for count in ("generated_tokens", "train_tokens"):
+        assert other[count] == one[count]

@@ -1,0 +1,89 @@
+"""Settings that are each valid and do not go together, found before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import torch
+
+from rlalign.config import Config, ConfigError
+from rlalign.rewards.scorer import accuracy_index
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError for settings that contradict each other on any machine."""
+    _check_rewards(config)
+    _check_trainer(config)
+    if config.rollout.engine == "vllm":
+        _check_vllm(config)
+
+
+def check_machine(config: Config) -> None:
+    """Raise ConfigError for settings that this machine cannot serve."""
+    if config.trainer.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "trainer.device = 'cuda', but this machine has no usable GPU. Use trainer.device=auto "
+            "(or cpu), or start from configs/grpo/mini.yaml, which is made for a CPU."
+        )
+    if config.tracking.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
+        raise ConfigError(
+            f"tracking.wandb = {config.tracking.wandb!r} but wandb is not installed: "
+            "pip install 'rlalign[wandb]', or tracking.wandb=disabled"
+        )
+
+
+def check_context(model_config, config: Config) -> None:
+    """Raise ConfigError when prompt and completion together do not fit the model."""
+    wanted = config.task.max_prompt_length + config.rollout.max_completion_length
+    limit = getattr(model_config, "max_position_embeddings", None)
+    if limit is not None and wanted > limit:
+        raise ConfigError(
+            f"task.max_prompt_length {config.task.max_prompt_length} + "
+            f"rollout.max_completion_length {config.rollout.max_completion_length} = {wanted}, but "
+            f"the model holds {limit} positions: lower one of the two"
+        )
+
+
+def _check_rewards(config: Config) -> None:
+    if not config.rewards.functions:
+        raise ConfigError(
+            "rewards.functions is empty: name at least one, e.g. [{name: exact_match}]"
+        )
+    if config.task.eval and accuracy_index(config.rewards) is None:
+        names = ", ".join(spec.name for spec in config.rewards.functions)
+        raise ConfigError(
+            f"task.eval is set, but which of the rewards ({names}) says that an answer is right? "
+            "Mark it with accuracy: true (weight: 0 keeps it out of the reward), or set "
+            "task.eval=null"
+        )
+
+
+def _check_trainer(config: Config) -> None:
+    trainer = config.trainer
+    if trainer.engine == "torch":
+        for key in ("zero_stage", "offload_optimizer", "offload_param"):
+            if getattr(trainer, key):
+                raise ConfigError(f"trainer.{key} needs trainer.engine=deepspeed, got torch")
+    if trainer.offload_param and trainer.zero_stage < 3:
+        raise ConfigError(
+            f"trainer.offload_param needs trainer.zero_stage=3, got {trainer.zero_stage}"
+        )
+    if trainer.offload_optimizer and trainer.zero_stage < 1:
+        raise ConfigError("trainer.offload_optimizer needs trainer.zero_stage >= 1, got 0")
+
+
+def _check_vllm(config: Config) -> None:
+    from rlalign.rollout.vllm import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+
+    rollout = config.rollout
+    if not LOWEST_TEMPERATURE <= rollout.temperature <= HIGHEST_TEMPERATURE:
+        raise ConfigError(
+            f"rollout.temperature = {rollout.temperature}; vLLM samples at {LOWEST_TEMPERATURE} to "
+            f"{HIGHEST_TEMPERATURE}: use such a value, or rollout.engine=hf"
+        )
+    wanted = config.task.max_prompt_length + rollout.max_completion_length
+    if rollout.vllm.max_model_len is not None and rollout.vllm.max_model_len < wanted:
+        raise ConfigError(
+            f"rollout.vllm.max_model_len = {rollout.vllm.max_model_len}, but task.max_prompt_length"
+            f" + rollout.max_completion_length = {wanted}: leave it unset, or lower one of the two"
+        )
