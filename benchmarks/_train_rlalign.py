@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def run_rlalign(spec: TrainSpec, model_folder: str, engine: str) -> dict[str, An
 
     torch.set_num_threads(spec.num_threads)
     rate_before = matmul_flops_per_s(spec.num_threads)
+    cpu_s = _count_cpu_seconds()
     with tempfile.TemporaryDirectory() as folder:
         result = rlalign.train(_config(spec, model_folder, engine, Path(folder)), quiet=True)
         steps = [json.loads(line) for line in (result.path / "metrics.jsonl").open()]
@@ -34,12 +36,30 @@ def run_rlalign(spec: TrainSpec, model_folder: str, engine: str) -> dict[str, An
     return {
         "side": f"rlalign {engine}",
         "step_s": [step["time/total_s"] for step in timed],
+        "cpu_s": cpu_s[spec.warmup_steps :],
         "tokens": [sum(row["num_tokens"] for row in step) for step in rows],
         "split_s": {part: [step[f"time/{part}_s"] for step in timed] for part in PARTS},
         "lengths": [row["num_tokens"] for step in rows for row in step],
         "peak_rss_bytes": peak_rss_bytes(),
         "matmul_flops_per_s": [rate_before, matmul_flops_per_s(spec.num_threads)],
     }
+
+
+def _count_cpu_seconds() -> list[float]:
+    """Filled with the CPU seconds of every training step to come."""
+    from rlalign.trainer import loop
+
+    seconds: list[float] = []
+    train_step = loop.train_step
+
+    def timed(job: Any) -> Any:
+        start = time.process_time()
+        result = train_step(job)
+        seconds.append(time.process_time() - start)
+        return result
+
+    loop.train_step = timed
+    return seconds
 
 
 def _config(spec: TrainSpec, model_folder: str, engine: str, folder: Path) -> Any:

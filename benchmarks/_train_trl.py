@@ -33,10 +33,11 @@ def run_trl(spec: TrainSpec, model_folder: str) -> dict[str, Any]:
         trainer, clock = _build(spec, model_folder, folder)
         trainer.train()
     timed = clock.steps[spec.warmup_steps :]
-    parts = sorted(set().union(*timed) - {"total", "lengths"})
+    parts = sorted(set().union(*timed) - {"total", "cpu", "lengths"})
     return {
         "side": f"trl {trl.__version__}",
         "step_s": [step["total"] for step in timed],
+        "cpu_s": [step["cpu"] for step in timed],
         "tokens": [sum(step["lengths"]) for step in timed],
         "split_s": {part: [step[part] for step in timed] for part in parts},
         "lengths": [length for step in timed for length in step["lengths"]],
@@ -51,7 +52,7 @@ class Clock:
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
         self._parts: dict[str, Any] = defaultdict(float)
-        self._start = 0.0
+        self._start = self._cpu_start = 0.0
 
     def time(self, owner: Any, method: str, part: str) -> None:
         inner = getattr(owner, method)
@@ -69,10 +70,11 @@ class Clock:
 
     def begin(self) -> None:
         self._parts = defaultdict(float)
-        self._start = time.perf_counter()
+        self._start, self._cpu_start = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         self._parts["total"] = time.perf_counter() - self._start
+        self._parts["cpu"] = time.process_time() - self._cpu_start
         self.steps.append(dict(self._parts))
 
 

@@ -3,7 +3,8 @@ of optimizer steps, one thread, one process each, all in one run and in turns.
 
 Tokens per second are completion tokens over the whole step: rollout, reward, loss, backward,
 optimizer, weight publishing. Both sides are warmed up: the first step of a process does not count.
-The rate of a float32 matrix product, taken by every process, tells what the machine had to give.
+On a busy machine, tokens per CPU second are the figure to look at; the rate of a float32 matrix
+product, taken by every process, tells what the machine had to give.
 """
 
 from __future__ import annotations
@@ -87,6 +88,9 @@ def _row(name: str, spec: TrainSpec, turns: list[dict[str, Any]]) -> dict[str, A
         "side": turns[0]["side"],
         "tokens/s": rate["median"],
         "spread": f"{rate['min']:.0f} to {rate['max']:.0f}",
+        "tokens/CPU-s": statistics.median(
+            t / s for turn in turns for t, s in zip(turn["tokens"], turn["cpu_s"], strict=True)
+        ),
         "step s": step_s,
         "split s": _split(turns),
         "lengths": f"{lengths[0]} to {lengths[-1]}, mean {statistics.mean(lengths):.1f}",

@@ -67,7 +67,7 @@ def test_both_sides_do_the_same_work():
     for [turn] in figures.values():
         assert turn["tokens"] == [2 * 4 * 12] * 2
         assert set(turn["lengths"]) == {12}
-        assert len(turn["step_s"]) == 2
+        assert len(turn["step_s"]) == len(turn["cpu_s"]) == 2
         for i, step_s in enumerate(turn["step_s"]):
             parts = sum(seconds[i] for seconds in turn["split_s"].values())
             assert 0 < parts <= step_s
