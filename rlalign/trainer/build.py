@@ -63,11 +63,12 @@ def open_job(
             _check_same_run(job)
         if start is not None:
             job.load_checkpoint(start)
-        if world.is_main:
-            _open_run_dir(job, resume)
-            job.observers = make_observers(config, run_dir)
-            for observer in job.observers:
-                stack.callback(observer.close)
+        with world.agreed("opening the run directory"):
+            if world.is_main:
+                _open_run_dir(job, resume)
+                job.observers = make_observers(config, run_dir)
+                for observer in job.observers:
+                    stack.callback(observer.close)
         yield job
 
 
@@ -86,14 +87,16 @@ def _entered(config: Config) -> Iterator[World]:
 def _assemble(
     config: Config, world: World, run_dir: RunDir, functions: RewardFunctions, stack: ExitStack
 ) -> Job:
-    tokenizer = load_tokenizer(config.model, config.seed)
-    train = load_prompts(config.task, tokenizer, split="train", seed=config.seed)
-    held_out = load_prompts(config.task, tokenizer, split="eval") if config.task.eval else None
-    scorer = _open_scorer(config, [train, *([held_out] if held_out else [])], functions, stack)
-    policy = _load_policy(config, world, with_reference=algos.needs_reference(config.algo))
+    with world.agreed("loading data and model"):
+        tokenizer = load_tokenizer(config.model, config.seed)
+        train = load_prompts(config.task, tokenizer, split="train", seed=config.seed)
+        held_out = load_prompts(config.task, tokenizer, split="eval") if config.task.eval else None
+        scorer = _open_scorer(config, [train, *([held_out] if held_out else [])], functions, stack)
+        policy = _load_policy(config, world, with_reference=algos.needs_reference(config.algo))
     engine = build_train_engine(policy, config, world)
     stack.callback(engine.close)
-    rollout = build_rollout_engine(policy, tokenizer, config, world)
+    with world.agreed("starting the rollout engine"):
+        rollout = build_rollout_engine(policy, tokenizer, config, world)
     stack.callback(rollout.close)
     return Job(config, world, tokenizer, train, held_out, scorer, policy, engine, rollout, run_dir)
 

@@ -83,18 +83,19 @@ def save(
     random_states = [json.loads(part) for part in world.all_gather_bytes(mine, name)]
     record = {"format": FORMAT, "step": step, "num_updates": engine.num_updates}
     record |= {"state": dict(state), "random_states": random_states}
-    try:
-        if world.is_main:
-            _write(folder, step, engine.export_state(), record, save_model, keep)
-        else:
-            for _ in engine.export_state():
+    tensors = engine.export_state()
+    with world.agreed(name):
+        try:
+            if world.is_main:
+                _write(folder, step, tensors, record, save_model, keep)
+        except OSError as error:
+            raise CheckpointError(
+                f"the {name} could not be written to {folder}: {error}. Older checkpoints are as "
+                "they were; make room or mend the disk, and go on with --resume."
+            ) from error
+        finally:
+            for _ in tensors:  # the export is collective: every process takes part to its end
                 pass
-    except OSError as error:
-        raise CheckpointError(
-            f"the {name} could not be written to {folder}: {error}. Older checkpoints are as they "
-            "were; make room or mend the disk, and go on with --resume."
-        ) from error
-    world.barrier(name)
     return folder / f"step_{step}"
 
 
@@ -129,9 +130,9 @@ def load(path: Path, *, engine: TrainEngine) -> dict[str, Any]:
     random state go on with their own.
     """
     world = engine.world
-    if world.is_main:
-        verify(path)
-    world.barrier(f"verification of {path.name}")
+    with world.agreed(f"verification of {path.name}"):
+        if world.is_main:
+            verify(path)
     record = json.loads((path / STATE).read_text())
     engine.load_state(TensorFiles(path / "trainer", record["tensors"]), record["num_updates"])
     if world.rank < len(record["random_states"]):
@@ -224,7 +225,8 @@ def _put_in_place(partial: Path, final: Path) -> None:
         final.rename(replaced if complete else _free_name(final.with_name(f"{final.name}.torn")))
     partial.rename(final)
     _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if replaced.exists():
+        _remove(replaced)
 
 
 def _clear_leftovers(folder: Path) -> None:

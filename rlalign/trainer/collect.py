@@ -15,17 +15,12 @@ from typing import Any
 
 import torch
 
-from rlalign.errors import RlalignError
 from rlalign.rewards import Scorer
 from rlalign.rollout.engine import GenerateRequest, RolloutEngine, SamplingParams
 from rlalign.rollout.seeds import sample_seed
 from rlalign.trainer import wire
 from rlalign.trainer.distributed import World
 from rlalign.types import Group, Prompt, Scores
-
-
-class RolloutError(RlalignError):
-    """A process failed while sampling or scoring; the message carries its rank and cause."""
 
 
 @dataclass
@@ -99,24 +94,17 @@ def roll_out(
 ) -> Collected:
     """Sample and score `requests` (request i belongs to prompt i), each process its share.
 
-    Every process returns the groups of all, in the order of `prompts`. Raises RolloutError on every
-    process when one of them fails.
+    Every process returns the groups of all, in the order of `prompts`, and fails when one of them
+    does (`World.agreed`).
     """
     mine = slice(world.rank, None, world.size)
-    if world.size == 1:
-        return _sample_and_score(engine, scorer, prompts, requests, params)
-    failure = None
-    try:
+    with world.agreed("rollout"):
         local = _sample_and_score(engine, scorer, prompts[mine], requests[mine], params)
-        payload = wire.encode(local.groups, local.scores, local.figures())
-    except Exception as error:  # raised again below, on every process, once the peers know
-        failure, payload = error, wire.encode_failure(error)
-    payloads = world.all_gather_bytes(payload, "rollout exchange")
-    failures = [f"rank {r}: {text}" for r, p in enumerate(payloads) if (text := wire.failure(p))]
-    if failures:
-        raise RolloutError("; ".join(failures)) from failure
+    if world.size == 1:
+        return local
+    mine_encoded = wire.encode(local.groups, local.scores, local.figures())
     parts = []
-    for r, payload in enumerate(payloads):
+    for r, payload in enumerate(world.all_gather_bytes(mine_encoded, "rollout exchange")):
         groups, scores, figures = wire.decode(payload, prompts[r :: world.size])
         errors = Counter(figures.pop("errors"))
         parts.append(Collected(groups, scores, errors, **figures))

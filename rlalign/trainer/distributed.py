@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -90,6 +90,23 @@ class World:
     def barrier(self, name: str) -> None:
         """Return once every process has reached this point."""
         self.all_reduce_sum(torch.zeros(1, device=self.device), name)
+
+    @contextmanager
+    def agreed(self, name: str) -> Iterator[None]:
+        """Every process runs a block of its own, without exchanges in it; an error in one of them
+        is an error in all: its own there, DistributedError with its words on the others."""
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:  # raised again below, once the others know
+            failure = error
+        words = "" if failure is None else f"{type(failure).__name__}: {failure}"
+        said = self.all_gather_bytes(words.encode(), name)
+        if failure is not None:
+            raise failure
+        failures = [f"rank {r}: {text.decode()}" for r, text in enumerate(said) if text]
+        if failures:
+            raise DistributedError(f"{name} failed on {'; '.join(failures)}")
 
     def _reduce(self, tensor: torch.Tensor, op: Any, name: str) -> torch.Tensor:
         if self.size == 1:

@@ -88,13 +88,14 @@ class Job:
 
     def record_step(self, figures: dict[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
         """Metrics line, sample file, observers: on the main process."""
-        if not self.world.is_main:
-            return
-        if self.config.tracking.save_rollouts:
-            self.run_dir.write_rollouts(int(figures["step"]), rows)
-        self.run_dir.append_metrics(figures)
-        for observer in self.observers:
-            observer.step(figures, rows)
+        with self.world.agreed(f"record of step {int(figures['step'])}"):
+            if not self.world.is_main:
+                return
+            if self.config.tracking.save_rollouts:
+                self.run_dir.write_rollouts(int(figures["step"]), rows)
+            self.run_dir.append_metrics(figures)
+            for observer in self.observers:
+                observer.step(figures, rows)
 
     def save_checkpoint(self) -> None:
         """Write the checkpoint of the current step, whole or not at all."""

@@ -33,16 +33,6 @@ def encode(groups: Sequence[Group], scores: Sequence[Scores], figures: dict[str,
     return len(text).to_bytes(LENGTH_BYTES, "little") + text + tokens.tobytes() + logps.tobytes()
 
 
-def encode_failure(error: BaseException) -> bytes:
-    text = json.dumps({"failure": f"{type(error).__name__}: {error}"}).encode()
-    return len(text).to_bytes(LENGTH_BYTES, "little") + text
-
-
-def failure(payload: bytes) -> str | None:
-    """What went wrong on the sender's side, or None."""
-    return _header(payload).get("failure")
-
-
 def decode(
     payload: bytes, prompts: Sequence[Prompt]
 ) -> tuple[list[Group], list[Scores], dict[str, Any]]:

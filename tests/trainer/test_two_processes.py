@@ -10,6 +10,7 @@ import yaml
 
 import rlalign
 from tests.support import ROOT, tiny_config, tiny_settings
+from tests.trainer.ranks import run_ranks
 
 OVERRIDES = ["trainer.max_steps=3", "trainer.checkpoint_every=2"]
 
@@ -50,3 +51,28 @@ def test_two_processes_take_the_steps_of_one(stage, tmp_path):
     one, other = (json.loads((run / "result.json").read_text()) for run in (alone.path, two))
     for count in ("generated_tokens", "train_tokens"):
         assert other[count] == one[count]
+
+
+FAILURES = {  # what fails on which process only, and what every process says then
+    "build": ("rlalign.trainer.build", "load_tokenizer", 1, "loading data and model"),
+    "scoring": ("rlalign.trainer.collect", "split_scores", 1, "rollout"),
+    "checkpoint": ("rlalign.trainer.checkpoint", "_seal", 0, "checkpoint of step 1"),
+}
+
+
+@pytest.mark.parametrize("place", FAILURES)
+def test_a_failure_of_one_process_ends_all_with_its_words(place, tmp_path):
+    """Started without torchrun, which would kill the others before they could say anything."""
+    module, name, rank, said = FAILURES[place]
+    settings = tiny_settings(tmp_path)
+    settings["trainer"] |= {"engine": "deepspeed", "zero_stage": 1, "max_steps": 1}
+    settings["trainer"]["exchange_timeout_s"] = 60.0
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(settings))
+    script = Path(__file__).with_name("failing_rank.py")
+    outputs = run_ranks(script, str(config), module, name, str(rank))
+    assert "no room on rank" in outputs[rank]
+    other = outputs[1 - rank]
+    assert f"DistributedError: {said} failed on rank {rank}: " in other
+    assert "no room on rank" in other
+    assert not list(tmp_path.glob("runs/*/checkpoints/step_*"))

@@ -47,8 +47,3 @@ def test_unscorable_rewards_and_error_counts_survive():
     scores = Scores(torch.tensor([math.nan, 1.0]), torch.tensor([0.0, 1.0]), {}, {"timeout": 1})
     _, [back], _ = wire.decode(wire.encode([], [scores], {}), [])
     assert math.isnan(back.reward_B[0]) and back.errors == {"timeout": 1}
-
-
-def test_a_failure_carries_its_cause_and_a_result_carries_none():
-    assert wire.failure(wire.encode_failure(ValueError("no memory"))) == "ValueError: no memory"
-    assert wire.failure(wire.encode([], [], {})) is None
