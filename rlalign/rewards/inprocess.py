@@ -27,12 +27,14 @@ class InProcess:
         self.name = name
         self._function = function
         self.takes = takes(function)
+        self._started = False
         self._ended = threading.Event()  # of the call under way
 
     def inspect(self) -> Takes:
         return self.takes
 
     def start(self) -> Takes:
+        self._started = True
         load = getattr(self._function, "load", None)
         if load is not None:
             load()
@@ -69,9 +71,10 @@ class InProcess:
         return result or [Verdict(VerdictKind.CRASH, detail=detail)] * len(call)
 
     def close(self) -> None:
-        """Let go of a `score` that another thread may be in."""
+        """Let go of a `score` that another thread may be in. A callable that was never started is
+        left open: it was only looked at, and another runner may be about to use it."""
         close = getattr(self._function, "close", None)
-        if close is not None:
+        if close is not None and self._started:
             close()
         self._ended.set()
 

@@ -59,3 +59,24 @@ def test_a_callable_that_leaves_its_thread_is_a_crash_at_once():
     start = time.monotonic()
     assert InProcess("leave", leave).score(call("a"), 30)[0].kind is VerdictKind.CRASH
     assert time.monotonic() - start < 10
+
+
+def test_looking_at_a_callable_does_not_close_it():
+    class Service:
+        open = True
+
+        def __call__(self, completions):
+            return [1.0] * len(completions)
+
+        def close(self):
+            self.open = False
+
+    service = Service()
+    looked_at = InProcess("service", service)
+    looked_at.inspect()
+    looked_at.close()
+    assert service.open
+    used = InProcess("service", service)
+    used.start()
+    used.close()
+    assert not service.open
