@@ -19,6 +19,7 @@ from rlalign.models.random import init_model, small_config
 from rlalign.tasks.mini import MiniModel, MiniTask, WarmStart
 
 WARMUP_STEPS = 10
+COOLDOWN = 0.4  # share of a phase in which the rates fall
 MICRO_BATCHES = 2  # a batch runs as this many, sorted by length: less padding, the same gradient
 
 Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
@@ -62,7 +63,7 @@ def greedy_accuracy(
     batch = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left")
     limit = task.model.max_new_tokens
     with one_thread():
-        ids = model.generate(**batch, do_sample=False, max_new_tokens=limit)
+        ids = model.generate(**batch, do_sample=False, max_new_tokens=limit)  # type: ignore[operator]
     texts = tokenizer.batch_decode(ids[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
     right = [task.is_correct(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     return sum(right) / len(right)
@@ -80,7 +81,7 @@ def _run_phase(
     optimizers = _optimizers(model, phase, recipe.weight_decay)
     model.train()
     for step in range(phase.steps):
-        scale = min(1.0, (step + 1) / WARMUP_STEPS) * _cosine(step / phase.steps)
+        scale = rate_scale(step, phase.steps)
         batch = examples[step * recipe.batch_size : (step + 1) * recipe.batch_size]
         _backward(model, batch)
         for optimizer in optimizers:
@@ -94,6 +95,7 @@ def _run_phase(
 def _backward(model: PreTrainedModel, batch: Sequence[Example]) -> None:
     """Gradients of the mean cross-entropy over the batch's completion tokens."""
     backbone, head = model.base_model, model.get_output_embeddings()
+    assert head is not None
     by_length = sorted(batch, key=lambda example: len(example[0]) + len(example[1]))
     num_targets = sum(len(completion) for _, completion in batch)
     size = math.ceil(len(batch) / MICRO_BATCHES)
@@ -148,8 +150,12 @@ def _optimizers(
     return optimizers
 
 
-def _cosine(share: float) -> float:
-    return 0.5 * (1 + math.cos(math.pi * share))
+def rate_scale(step: int, steps: int) -> float:
+    """Factor of the rates at step 0, 1, ..., steps - 1: up over the first few, flat, and linearly
+    down over the last 40 %."""
+    rise = (step + 1) / WARMUP_STEPS
+    fall = (steps - step) / (COOLDOWN * steps)
+    return min(1.0, rise, fall)
 
 
 @contextmanager
