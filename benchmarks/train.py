@@ -24,6 +24,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 from _train_spec import TrainSpec, step_flops, summary, write_model  # noqa: E402
 
+from rlalign.trainer.distributed import LAUNCHER_VARIABLES  # noqa: E402
+
 SETTINGS = {
     "equal": TrainSpec(lengths="equal", max_completion_length=64),
     "natural": TrainSpec(lengths="natural", max_completion_length=128),
@@ -66,7 +68,10 @@ def _measure(spec: TrainSpec, engines: list[str], turns: int) -> dict[str, list[
 def _process(folder: Path, script: str, model: Path, options: list[str]) -> dict[str, Any]:
     out = folder / "result.json"
     command = [sys.executable, HERE / script, folder / "spec.json", model, out, *options]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    # What a launcher (or DeepSpeed, in a process that used it) left would make the sides look for
+    # peers.
+    inherited = {k: v for k, v in os.environ.items() if k not in LAUNCHER_VARIABLES}
+    environment = {**inherited, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, timeout=DEADLINE_S, check=False
     )
