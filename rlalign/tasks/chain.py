@@ -196,8 +196,8 @@ TASK = MiniTask(
     is_correct=check_completion,
     model=MiniModel(
         phases=(
-            WarmStart("plain demonstrations", 400, 6e-3, 1e-2, _plain),
-            WarmStart("mistaken demonstrations", 60, 1e-3, 6e-4, _mistaken),
+            WarmStart("plain demonstrations", 480, 6e-3, 1e-2, _plain),
+            WarmStart("mistaken demonstrations", 60, 1.2e-3, 6e-4, _mistaken),
         )
     ),
 )

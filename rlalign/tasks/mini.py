@@ -20,7 +20,7 @@ MINI_TASKS = {"chain": "rlalign.tasks.chain"}
 @dataclass(frozen=True)
 class WarmStart:
     """A phase of supervised training: `steps` batches of demonstrations, (prompt, completion)
-    pairs that `demonstrations(seed)` yields without end. Both rates fall to 0 on a cosine."""
+    pairs that `demonstrations(seed)` yields without end. Both rates fall to 0 at the end."""
 
     name: str
     steps: int
@@ -40,7 +40,7 @@ class MiniModel:
     kv_heads: int = 2
     mlp: int = 384
     max_positions: int = 512
-    batch_size: int = 32
+    batch_size: int = 24
     weight_decay: float = 0.5  # of the matrices, decoupled: with it arithmetic is found sooner
     eval_size: int = 200  # held-out questions on which the start is measured
     max_new_tokens: int = 64
