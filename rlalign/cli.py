@@ -171,6 +171,9 @@ def main() -> None:
     """Run a command; expected failures end with their cause and fix, and exit status 1."""
     from rlalign.errors import RlalignError
 
+    # A reward or algorithm of one's own lies in the working directory, which a console script does
+    # not search; last, so that it shadows nothing that is installed.
+    sys.path.append(os.getcwd())
     try:
         app()
     except RlalignError as error:

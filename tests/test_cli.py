@@ -132,8 +132,8 @@ def test_a_failing_reward_stops_the_run_and_keeps_what_was_recorded(
     reward, parts, config, tmp_path, capsys, monkeypatch
 ):
     raising_reward(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.chdir(tmp_path)  # where a user's own module lies
     function = f"rewards.functions=[{{name: 'bad_reward:{reward}'}}]"
     status, _, err = run(capsys, monkeypatch, "train", str(config), function, "rewards.timeout_s=2")
     assert status == 1
