@@ -1,15 +1,17 @@
 """The attention of packed models, under transformers' attention interface as ATTENTION.
 
 Called with a `PackedRun` (which `packed_hidden` hands through the layers as the keyword argument
-`packed_run`) it attends within each sequence of the pack: by torch's variable-length kernel on a
-GPU in half precision, else by buckets of similar lengths, right-padded for the attention itself.
-Under causality a real token never sees the padding behind it, so the result is exact. Without one
-it is ordinary padded attention, so one model serves training and sampling.
+`packed_run`) it attends within each sequence of the pack and to its context: by torch's
+variable-length kernel on a GPU in half precision, else by buckets of similar lengths, right-padded
+for the attention itself. Under causality a real token never sees the padding behind it, so the
+result is exact. Without one it is ordinary padded attention, so one model serves training and
+sampling.
 
 A softcap of the scores (Gemma 2) is honoured in both; transformers' own sdpa leaves it out.
 
-Shapes: N tokens, H query heads, K key-value heads, d head size, b sequences of a bucket, t tokens
-of its longest.
+Shapes: N tokens, M keys (each sequence's context and own tokens), H query heads, K key-value heads,
+d head size, b sequences of a bucket, t tokens of its longest, n own tokens of a bucket, m of its
+own and context tokens.
 """
 
 from __future__ import annotations
@@ -127,16 +129,19 @@ def _varlen(
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    longest = pack.lengths[0]
+    key_MKd, value_MKd = key_NKd, value_NKd
+    if len(pack.context_C):
+        key_MKd, value_MKd = collect(key_NKd, pack.key_M), collect(value_NKd, pack.key_M)
     left = -1 if window is None else window - 1
+    # With more keys than queries the kernel aligns them at the end: a query sees its context whole.
     out = varlen_attn(
         query_NHd.contiguous(),
-        key_NKd.contiguous(),
-        value_NKd.contiguous(),
+        key_MKd.contiguous(),
+        value_MKd.contiguous(),
         pack.boundaries,
-        pack.boundaries,
-        longest,
-        longest,
+        pack.key_boundaries,
+        max(pack.lengths),
+        pack.lengths[0] + pack.contexts[0],
         scale=scaling,
         window_size=(left, 0),
         enable_gqa=query_NHd.shape[1] != key_NKd.shape[1],
@@ -156,19 +161,41 @@ def _bucketed(
 ) -> Tensor:
     """Attention bucket by bucket, each a right-padded batch."""
     sizes = [bucket.tokens for bucket in pack.buckets]
-    parts = [x.split(sizes) for x in (query_NHd, key_NKd, value_NKd)]
+    parts = zip(
+        pack.buckets,
+        query_NHd.split(sizes),
+        _with_context(key_NKd, pack, sizes),
+        _with_context(value_NKd, pack, sizes),
+        strict=True,
+    )
     outputs = []
-    for bucket, *rows in zip(pack.buckets, *parts, strict=True):
-        grids = [_to_grid(x, bucket).transpose(1, 2) for x in rows]  # [b, heads, t, d]
+    for bucket, query_nHd, key_mKd, value_mKd in parts:
+        # Cells of the context hold no query: what comes out there is not collected.
+        grids = [
+            _to_grid(rows, cells, bucket).transpose(1, 2)  # [b, heads, t, d]
+            for rows, cells in (
+                (query_nHd, bucket.cell_n),
+                (key_mKd, bucket.cell_m),
+                (value_mKd, bucket.cell_m),
+            )
+        ]
         out_bHtd = _attend(*grids, scaling=scaling, window=window, softcap=softcap)
         outputs.append(_from_grid(out_bHtd.transpose(1, 2), bucket))
     return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
 
-def _to_grid(rows: Tensor, bucket: Bucket) -> Tensor:
-    """[n, heads, d] -> [b, t, heads, d], zeros behind each sequence."""
-    cells = bucket.count * bucket.width
-    grid = rows if bucket.cell_n is None else spread(rows, bucket.cell_n, cells)
+def _with_context(rows_N: Tensor, pack: Pack, sizes: list[int]) -> list[Tensor]:
+    """Keys or values [N, K, d] by bucket: [m, K, d], own rows first."""
+    own = rows_N.split(sizes)
+    if not len(pack.context_C):
+        return list(own)
+    context = collect(rows_N, pack.context_C).split([bucket.context for bucket in pack.buckets])
+    return [torch.cat(pair) if len(pair[1]) else pair[0] for pair in zip(own, context, strict=True)]
+
+
+def _to_grid(rows: Tensor, cells: Tensor | None, bucket: Bucket) -> Tensor:
+    """[rows, heads, d] -> [b, t, heads, d], zeros where there is no row."""
+    grid = rows if cells is None else spread(rows, cells, bucket.count * bucket.width)
     return grid.unflatten(0, (bucket.count, bucket.width))
 
 

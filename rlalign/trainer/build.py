@@ -32,6 +32,7 @@ from rlalign.trainer.checks import check_config, check_context, check_machine
 from rlalign.trainer.distributed import World, joined_world
 from rlalign.trainer.engine import TorchEngine, TrainEngine
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
+from rlalign.trainer.host_memory import keep_freed_memory
 from rlalign.trainer.job import Job
 from rlalign.trainer.policy import Policy
 
@@ -74,12 +75,13 @@ def open_job(
 
 @contextmanager
 def _entered(config: Config) -> Iterator[World]:
-    """The checked beginning of every job: threads, processes, no progress bars of others."""
+    """The checked beginning of every job: threads, memory, processes; no others' progress bars."""
     check_config(config)
     check_machine(config)
     disable_progress_bar()
     if config.trainer.num_threads:
         torch.set_num_threads(config.trainer.num_threads)
+    keep_freed_memory()
     with joined_world(config.trainer.device, config.trainer.exchange_timeout_s) as world:
         yield world
 

@@ -2,9 +2,10 @@
 
     logp_bt = log softmax(z / temperature)[token t of completion b],  z = head(backbone(prefix))
 
-Rows are packed without padding (models/packed.py), each without its last token, whose prediction
-nobody needs; the head (kernels/linear_logprob.py) sees only the positions that predict completion
-tokens. The temperature is the sampling temperature: otherwise ratios compare two distributions.
+Rows are packed without padding (models/packed.py), a prompt that several rows share only once
+(trainer/rows.py); the head (kernels/linear_logprob.py) sees only the positions that predict
+completion tokens. The temperature is the sampling temperature: otherwise ratios compare two
+distributions.
 
 Shapes: B rows, T completion columns, N packed tokens, M completion tokens, D hidden size.
 """
@@ -12,7 +13,6 @@ Shapes: B rows, T completion columns, N packed tokens, M completion tokens, D hi
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from rlalign.models.lora import adapters_off, attach_lora, merged_weights, save_
 from rlalign.models.norm import quicken_norms
 from rlalign.models.pack import collect, make_pack
 from rlalign.models.packed import install, packed_hidden, padded_hidden, replaceable
+from rlalign.trainer.rows import plan_rows
 from rlalign.types import TrainBatch
 
 
@@ -135,8 +136,9 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def check(self) -> None:
-        """Raise ModelError unless log-probs computed here are the model's own, on two rows."""
-        rows = ((1, 0, 1, 2, 3), (2, 1, 0))
+        """Raise ModelError unless log-probs computed here are the model's own, on three rows, two
+        of them with the same prompt."""
+        rows = ((1, 0, 1, 2, 3), (2, 1, 0), (1, 2, 0))
         self.eval()
         actual_BT = self(_probe(rows)).logp_BT
         for row, logp_T in zip(rows, actual_BT, strict=True):
@@ -156,56 +158,14 @@ class Policy(nn.Module):
 
     def _score(self, batch: TrainBatch, temperature: float, entropy: bool) -> PolicyOutput:
         device = self.head.weight.device
-        plan = _plan(batch)
-        pack = make_pack(plan.rows, device)
+        plan = plan_rows(batch, share_prompts=self.packing)
+        pack = make_pack(plan.sequences, plan.parents, device)
         hidden_ND = (packed_hidden if self.packing else padded_hidden)(self.model, pack)
-        start_M = torch.tensor(pack.start).repeat_interleave(plan.length)
-        hidden_MD = collect(hidden_ND, (start_M + plan.offset_M).to(device))
+        hidden_MD = collect(hidden_ND, plan.places(pack).to(device))
         scored = self.head(hidden_MD, plan.target_M.to(device), temperature, entropy)
         shape, cell_M = batch.mask_BT.shape, plan.cell_M.to(device)
         logp_BT = _scatter(scored.logp, cell_M, shape)
         return PolicyOutput(logp_BT, _scatter(scored.entropy, cell_M, shape) if entropy else None)
-
-
-@dataclass(frozen=True, slots=True)
-class _Plan:
-    """What to run, and where its results go."""
-
-    rows: list[tuple[int, ...]]  # each without its last token
-    length: Tensor  # [rows] completion tokens of each
-    offset_M: Tensor  # position within its row of the token before each completion token
-    target_M: Tensor  # the completion tokens
-    cell_M: Tensor  # their cells in [B * T]
-
-
-def _plan(batch: TrainBatch) -> _Plan:
-    width = batch.mask_BT.shape[1]
-    length_B = batch.completion_len_B.cpu()
-    used = length_B.nonzero()[:, 0].tolist()
-    if not used:
-        return _idle_plan()
-    sequences = [batch.sequences[i] for i in used]
-    length = length_B[used]
-    prompt = torch.tensor([len(sequence) for sequence in sequences]) - length
-    if int(prompt.min()) < 1:
-        raise ValueError("a completion needs at least one prompt token before it")
-    column_M = torch.arange(int(length.sum()))
-    column_M = column_M - (length.cumsum(0) - length).repeat_interleave(length)
-    target = [t for s, n in zip(sequences, prompt.tolist(), strict=True) for t in s[n:]]
-    row_M = torch.tensor(used).repeat_interleave(length)
-    return _Plan(
-        rows=[sequence[:-1] for sequence in sequences],
-        length=length,
-        offset_M=column_M + (prompt - 1).repeat_interleave(length),
-        target_M=torch.tensor(target),
-        cell_M=row_M * width + column_M,
-    )
-
-
-def _idle_plan() -> _Plan:
-    """One token through the model, its log-prob nowhere: collectives need every process."""
-    zero = torch.zeros(1, dtype=torch.long)
-    return _Plan(rows=[(0,)], length=zero + 1, offset_M=zero, target_M=zero, cell_M=zero[:0])
 
 
 def _scatter(value_M: Tensor, cell_M: Tensor, shape: torch.Size) -> Tensor:

@@ -20,7 +20,8 @@ from rlalign.config import Config
 from rlalign.rollout.seeds import sample_seed
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
-from rlalign.trainer.packing import micro_batches
+from rlalign.trainer.packing import Row, micro_batches
+from rlalign.trainer.rows import prompt_keys
 from rlalign.types import TrainBatch
 
 
@@ -153,12 +154,13 @@ def accumulate_gradient(
 
 def my_micro_batches(batch: TrainBatch, config: Config, world: World) -> list[list[int]]:
     """This process's micro-batches; every process gets the same number of them."""
-    plan = micro_batches(
-        [len(sequence) for sequence in batch.sequences],
-        max_tokens=config.trainer.micro_batch_tokens,
-        num_ranks=world.size,
-    )
-    return plan[world.rank]
+    keys = prompt_keys(batch) if config.trainer.packing else range(len(batch))
+    lengths = batch.completion_len_B.tolist()
+    rows = [
+        Row(tokens=len(sequence), key=key, prompt_tokens=len(sequence) - length)
+        for sequence, key, length in zip(batch.sequences, keys, lengths, strict=True)
+    ]
+    return micro_batches(rows, config.trainer.micro_batch_tokens, world.size)[world.rank]
 
 
 def add_log_probs(

@@ -191,4 +191,6 @@ def test_training_lowers_the_loss_on_what_it_is_shown():
 def test_the_start_of_seed_0_leaves_room_to_learn(tmp_path):
     folder = build_mini("chain", 0, tmp_path, QUIET)
     start = json.loads((folder / START_FILE).read_text())
-    assert 0.35 <= start["greedy_accuracy"] <= 0.5
+    # Room for a rise of 40 points below the 97 % that the policy reaches. Rounding differs between
+    # processors, and training carries that on: .495 and .505 were seen.
+    assert 0.35 <= start["greedy_accuracy"] <= 0.55

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.models import packed
-from rlalign.models.pack import BUCKET_RATIO, PackingError, make_pack
+from rlalign.models.pack import BUCKET_RATIO, PackingError, collect, make_pack
 from rlalign.models.random import init_model, small_config
 
 ARCHITECTURES = ["llama", "qwen2", "qwen3", "mistral", "gemma2"]
@@ -94,6 +94,55 @@ def test_a_sequence_does_not_depend_on_its_neighbours(architecture):
     assert_close(halves, base, 1e-6)
 
 
+# own length and parent of each sequence: groups of one prompt, a chain, a lone sequence
+TREE = (
+    (7, None), (9, 0), (1, 0), (30, 0), (14, None), (3, 4), (5, 5), (2, 6), (16, 5), (11, None),
+)  # fmt: skip
+
+
+def whole_rows(parts, parents):
+    """Each sequence with all that it continues."""
+    rows = []
+    for part, parent in zip(parts, parents, strict=True):
+        rows.append(part if parent is None else rows[parent] + part)
+    return rows
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_continued_sequence_runs_once_with_the_values_and_gradients_of_whole_rows(architecture):
+    own, ours = pair(architecture)
+    lengths, parents = zip(*TREE, strict=True)
+    parts = sequences(lengths)
+    rows = whole_rows(parts, parents)
+    expected = [
+        hidden[len(row) - len(part) :]
+        for hidden, row, part in zip(alone(own, rows), rows, parts, strict=True)
+    ]
+    pack = make_pack(parts, parents)
+    assert len(pack.input_ids_N) == sum(lengths)
+    hidden = packed.packed_hidden(ours, pack)
+    actual = [hidden[a : a + len(part)] for part, a in zip(parts, pack.start, strict=True)]
+    assert_close(actual, expected, 1e-5)
+    want, got = gradient(own, expected), gradient(ours, actual)
+    assert (got - want).norm() <= 1e-5 * want.norm()
+
+
+def test_the_places_of_a_context_are_those_of_its_ancestors():
+    lengths, parents = zip(*TREE, strict=True)
+    parts = sequences(lengths)
+    pack = make_pack(parts, parents)
+    rows = sorted(whole_rows(parts, parents), key=len, reverse=True)
+    ends = pack.key_boundaries.tolist()
+    for row, start, end in zip(rows, ends, ends[1:], strict=False):
+        assert tuple(pack.input_ids_N[pack.key_M[start:end]].tolist()) == row
+
+
+@pytest.mark.parametrize("parent", [1, 2, -1])
+def test_a_parent_that_does_not_come_before_is_refused(parent):
+    with pytest.raises(ValueError, match="not before it"):
+        make_pack([(1,), (2,)], [None, parent])
+
+
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
 def test_equal_lengths_need_no_padding_and_give_the_same(architecture):
     own, ours = pair(architecture)
@@ -117,6 +166,14 @@ def test_the_pack_lays_sequences_out_longest_first():
     assert pack.input_ids_N.tolist() == [7, 8, 9, 5, 6]
     assert pack.position_ids_N.tolist() == [0, 1, 2, 0, 1]
     assert pack.start == (3, 0) and pack.boundaries.tolist() == [0, 3, 5]
+
+
+def test_a_token_taken_often_adds_its_gradients_in_float32():
+    """1 + 300 x 1/256 in bfloat16 would stay at 1."""
+    rows = torch.zeros(2, 1, dtype=torch.bfloat16, requires_grad=True)
+    weight = torch.tensor([1.0] + [1 / 256] * 300, dtype=torch.bfloat16)[:, None]
+    (collect(rows, torch.ones(301, dtype=torch.long)) * weight).sum().backward()
+    assert rows.grad.tolist() == [[0.0], [2.171875]]
 
 
 def test_buckets_waste_little_and_cover_every_token():

@@ -19,15 +19,20 @@ VOCAB = 262
 SHAPES = ((5, 9), (3, 0), (1, 14), (8, 2), (2, 9), (6, 5), (4, 1))  # prompt, completion
 
 
-def batch(shapes=SHAPES, seed: int = 0) -> TrainBatch:
+def batch(shapes=SHAPES, seed: int = 0, groups: bool = False) -> TrainBatch:
+    """With `groups` rows whose prompts have the same length have the same prompt."""
     rng = torch.Generator().manual_seed(seed)
     length_B = torch.tensor([completion for _, completion in shapes], dtype=torch.long)
     width = int(length_B.max()) if len(shapes) else 0
     mask_BT = (torch.arange(width) < length_B[:, None]).float()
+    sequences = [
+        tuple(torch.randint(0, VOCAB, (p + c,), generator=rng).tolist()) for p, c in shapes
+    ]
+    if groups:
+        first = {p: row[:p] for (p, _), row in zip(shapes, sequences, strict=True)}
+        sequences = [first[p] + row[p:] for (p, _), row in zip(shapes, sequences, strict=True)]
     return TrainBatch(
-        sequences=tuple(
-            tuple(torch.randint(0, VOCAB, (p + c,), generator=rng).tolist()) for p, c in shapes
-        ),
+        sequences=tuple(sequences),
         completion_len_B=length_B,
         group_id_B=torch.zeros(len(shapes), dtype=torch.long),
         mask_BT=mask_BT,
@@ -83,10 +88,14 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a.double() - b.double()).norm() / b.double().norm())
 
 
+# prompts of 5, 3 and 1 tokens shared by several rows, one of 8 by none; completions of 0 to 14
+GROUPS = ((5, 9), (3, 0), (1, 14), (8, 2), (5, 1), (1, 1), (5, 12), (3, 4), (1, 3), (3, 1), (3, 0))
+
+
+@pytest.mark.parametrize("rows", [batch(), batch(GROUPS, groups=True)], ids=["rows", "groups"])
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_log_probs_and_entropies_equal_the_models_own(folder, packing, temperature):
-    rows = batch()
+def test_log_probs_and_entropies_equal_the_models_own(folder, packing, temperature, rows):
     out = build(folder, packing=packing)(rows, temperature, entropy=True)
     logp_BT, entropy_BT = reference(own_model(folder), rows, temperature)
     torch.testing.assert_close(out.logp_BT.double(), logp_BT, atol=2e-5, rtol=0)
@@ -94,8 +103,8 @@ def test_log_probs_and_entropies_equal_the_models_own(folder, packing, temperatu
     assert (out.logp_BT[rows.mask_BT == 0] == 0).all()
 
 
-def test_gradients_equal_the_models_own(folder):
-    rows = batch()
+@pytest.mark.parametrize("rows", [batch(), batch(GROUPS, groups=True)], ids=["rows", "groups"])
+def test_gradients_equal_the_models_own(folder, rows):
     policy, own = build(folder), own_model(folder)
     logp_BT, entropy_BT = reference(own, rows, 0.9)
     (rows.weight_BT * (logp_BT + 0.3 * entropy_BT)).sum().backward()
@@ -103,16 +112,26 @@ def test_gradients_equal_the_models_own(folder):
     assert relative(gradient(policy, [rows]), want) <= 5e-6
 
 
-def test_splits_packing_and_order_do_not_change_the_gradient(folder):
-    rows = batch()
+def test_a_shared_prompt_goes_through_the_model_once(folder):
+    rows = batch(((20, 5), (20, 7), (20, 1), (6, 4)), groups=True)
+    policy, seen = build(folder), []
+    policy.model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: seen.append(output.shape[:-1].numel())
+    )
+    policy(rows)
+    assert seen == [20 + 4 + 6 + 0 + 9]  # each completion without its last token
+
+
+@pytest.mark.parametrize("rows", [batch(), batch(GROUPS, groups=True)], ids=["rows", "groups"])
+def test_splits_packing_and_order_do_not_change_the_gradient(folder, rows):
     policy = build(folder)
     whole = gradient(policy, [rows])
-    order = [6, 2, 0, 4, 1, 5, 3]
+    order = [6, 2, 0, 4, 1, 5, 3, *range(7, len(rows))]
     splits = {
         "order": [rows.rows(order)],
         "one row each": [rows.rows([i]) for i in range(len(rows))],
         "two halves": [rows.rows(order[:3]), rows.rows(order[3:])],
-        "with an empty part": [rows.rows([0, 1, 2]), rows.rows([]), rows.rows([3, 4, 5, 6])],
+        "with an empty part": [rows.rows(order[:3]), rows.rows([]), rows.rows(order[3:])],
     }
     for name, parts in splits.items():
         assert relative(gradient(policy, parts), whole) <= 1e-6, name
