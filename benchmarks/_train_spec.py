@@ -145,14 +145,12 @@ def matmul_flops_per_s(num_threads: int, size: int = 1024, repeats: int = 9) -> 
 
 def step_flops(spec: TrainSpec, prompt_tokens: float, completion_tokens: float) -> float:
     """Multiplications and additions that one step cannot do without: 2 a parameter and token to
-    read each prompt once and sample each completion token, 6 to train on every token of every
-    row; attention scores are left out."""
-    d, head_tokens = spec.hidden, completion_tokens
+    read each prompt once and sample each completion token, 6 to train on every completion token
+    and, once a group, on every prompt token; attention scores are left out."""
+    d = spec.hidden
     per_layer = 2 * d * d + 2 * d * (d // 2) + 3 * d * spec.mlp  # 4 heads, 2 of keys and values
     body, head = spec.layers * per_layer, 262 * d
-    trained = prompt_tokens * spec.group_size + completion_tokens
-    sampled = prompt_tokens + completion_tokens
-    return body * (2 * sampled + 6 * trained) + head * (2 + 6) * head_tokens
+    return (2 + 6) * (body * (prompt_tokens + completion_tokens) + head * completion_tokens)
 
 
 def peak_rss_bytes() -> int:

@@ -110,7 +110,7 @@ def _split(turns: list[dict[str, Any]]) -> str:
         part: statistics.median(s for turn in turns for s in turn["split_s"][part])
         for part in turns[0]["split_s"]
     }
-    return ", ".join(f"{part} {s:.3f}" for part, s in medians.items() if s >= 0.0005)
+    return "\n".join(f"{part} {s:.3f}" for part, s in medians.items() if s >= 0.0005)
 
 
 def _bars(name: str, table: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:

@@ -43,18 +43,20 @@ def run(name: str, *, quick: bool = False, json_path: Path | None = None) -> dic
 
 
 def render(result: Mapping[str, Any]) -> Group:
-    """The rows as one table and the bars as another."""
-    rows = Table(title=f"{result['name']} on {result['machine']}")
-    columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
-    for column in columns:
-        rows.add_column(column, overflow="fold")
-    for row in result["rows"]:
-        rows.add_row(*(_text(row.get(column)) for column in columns))
+    """What was measured as one table, a column for each row of the result (figures are many, sides
+    are few), and the bars as another."""
+    title = f"{result['name']} on {result['machine']}"
+    figures = Table(title=title, show_lines=True, show_header=False)
+    for _ in range(1 + len(result["rows"])):
+        figures.add_column(overflow="fold")
+    figure_names = list(dict.fromkeys(key for row in result["rows"] for key in row))
+    for name in figure_names:
+        figures.add_row(name, *(_text(row.get(name)) for row in result["rows"]))
     bars = Table("bar", "value", "wanted", "holds")
     for bar in result["bars"]:
         holds = "[green]yes[/green]" if bar["holds"] else "[red]no[/red]"
         bars.add_row(bar["what"], _text(bar["value"]), _text(bar["bar"]), holds)
-    return Group(rows, bars)
+    return Group(figures, bars)
 
 
 def _load(path: Path) -> ModuleType:

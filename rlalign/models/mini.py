@@ -2,8 +2,8 @@
 
 Two supervised phases make a start worth aligning: right demonstrations until the task is solved,
 then a few steps on demonstrations with systematic mistakes. What is left is a policy that knows how
-and often does it wrong: it is right on about half of the held-out questions, and on two thirds of them
-at least once in four tries, so groups of samples carry signal and there is head-room to learn.
+and often does it wrong: it is right on about half of the held-out questions, and on two thirds of
+them at least once in four tries, so groups of samples carry signal and there is head-room to learn.
 
 The weights are a function of (task, seed) on one thread of one kind of machine. They are built in a
 temporary folder, put in place by one rename, and kept in `$RLALIGN_CACHE` (default

@@ -7,8 +7,9 @@
 A decoding step of a small model costs as much in calls as in arithmetic, so what can be done in one
 call is: neighbouring projections, the rotation of q and k, the cache write of k and v. Every row of
 the cache keeps its own length, so rows enter and leave at any time. A decoder lives for one call of
-`generate` and reads the model's own parameters; only small projections are copied, to be joined,
-and layers that are not plain `nn.Linear` (LoRA) are called as they are. Nothing can go stale.
+`generate` and reads the model's own parameters; only small projections are copied, to be joined or
+turned, and layers that are not plain `nn.Linear` (LoRA) are called as they are. Nothing can go
+stale.
 
 Shapes: B rows, T columns of the cache in use, D hidden size, H query heads, K key-value heads,
 G = H / K queries per key-value head, d head size, P prompts, V vocabulary; [...] is [B] when
@@ -36,7 +37,7 @@ from rlalign.rollout.hf_cache import base_model
 
 PLAIN_DECODERS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
 FIXED_ROPE = ("default", "linear", "llama3", "yarn")  # the others change with the longest row
-JOIN_BYTES = 2**21  # projections below this size are copied to be joined: calls outweigh copies
+JOIN_BYTES = 2**21  # projections below this size are copied: calls and cache misses outweigh that
 GROWTH = 64  # columns added at least when the cache is full
 
 Layer = Callable[[Tensor], Tensor]
@@ -77,11 +78,11 @@ def take_apart(layer: Any) -> Block:
         norm=_rms_norm(layer.input_layernorm),
         qkv=lambda x: project(x).view(*x.shape[:-1], -1, attention.head_dim),
         qk_norm=_qk_norm(attention) if hasattr(attention, "q_norm") else None,
-        out=_called(attention.o_proj),
+        out=_joined([attention.o_proj]),
         mlp_norm=_rms_norm(layer.post_attention_layernorm),
         gate_up=_joined([mlp.gate_proj, mlp.up_proj]),
         act=mlp.act_fn,
-        down=_called(mlp.down_proj),
+        down=_joined([mlp.down_proj]),
     )
 
 

@@ -13,7 +13,8 @@ from rlalign.rewards import sandbox
 from rlalign.rewards.sandbox import Limits, run
 from rlalign.rewards.verdict import VerdictKind
 
-TIGHT = Limits(wall_s=4.0, cpu_s=1, memory_bytes=512 << 20, scratch_bytes=4 << 20)
+# So little memory that a busy machine fills it well within the CPU second.
+TIGHT = Limits(wall_s=4.0, cpu_s=1, memory_bytes=128 << 20, scratch_bytes=4 << 20)
 OK = VerdictKind.OK
 
 
