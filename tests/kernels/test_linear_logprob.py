@@ -8,10 +8,10 @@ import sys
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from rlalign.kernels import chunked
+from rlalign.kernels import torch_backend
 from rlalign.kernels.linear_logprob import LinearLogProb, linear_logprob
+from tests.kernels.watch import Watch
 
 SHAPES = [(1, 3, 7), (33, 17, 129), (61, 65, 1003)]
 OPTIONS = [
@@ -21,13 +21,6 @@ OPTIONS = [
     {"temperature": 0.8, "softcap": 30.0, "logit_scale": 0.0625, "bias": True},
     {"bias": True, "logit_scale": 1.5},
 ]
-
-
-@pytest.fixture(autouse=True, params=["kept", "recomputed"])
-def _backward_strategy(request, monkeypatch):
-    """Every fact holds whether probabilities were kept or are computed again."""
-    if request.param == "recomputed":
-        monkeypatch.setattr(chunked, "KEEP_BYTES", 0)
 
 
 def draw(n: int, d: int, v: int, *, bias: bool, dtype: torch.dtype = torch.float64, seed: int = 0):
@@ -57,7 +50,7 @@ def reference(hidden, weight, bias, target, temperature=1.0, softcap=None, logit
 
 
 def gradients(outputs, upstream, inputs):
-    total = sum((out.double() * up).sum() for out, up in zip(outputs, upstream, strict=True))
+    total = sum((out.double() * up).sum() for out, up in zip(outputs, upstream, strict=False))
     return torch.autograd.grad(total, [x for x in inputs if x is not None])
 
 
@@ -75,7 +68,7 @@ def test_values_and_gradients_equal_the_definition(shape, options, backend, upst
         hidden, weight, target, bias=bias, return_entropy=True, chunk_size=7, backend=backend,
         **options,
     )  # fmt: skip
-    for got, want in zip(actual, expected, strict=True):
+    for got, want in zip(actual[:2], expected, strict=True):
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.double(), want, atol=5e-6, rtol=1e-6)
     pick = {"logp": slice(0, 1), "entropy": slice(1, 2), "both": slice(0, 2)}[upstream]
@@ -92,7 +85,7 @@ def test_gradcheck_in_float64():
         assert torch.autograd.gradcheck(
             lambda h, w, b, cap=softcap: linear_logprob(
                 h, w, target, bias=b, softcap=cap, temperature=0.7, return_entropy=True,
-                chunk_size=2,
+                chunk_size=2, return_lse=True,
             ),
             (hidden, weight, bias),
         )  # fmt: skip
@@ -127,7 +120,7 @@ def test_logits_far_from_zero_keep_their_digits(level):
     bias = torch.full((40,), level)
     moved = linear_logprob(hidden, weight, target, bias=bias, return_entropy=True)
     still = linear_logprob(hidden, weight, target, return_entropy=True)
-    for got, want in zip(moved, still, strict=True):
+    for got, want in zip(moved[:2], still[:2], strict=True):
         torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
 
 
@@ -150,7 +143,7 @@ def test_a_head_of_nothing_but_forbidden_tokens_gives_zero_gradient():
     bias = torch.full((5,), -math.inf)
     out = linear_logprob(hidden, weight, target, bias=bias, return_entropy=True)
     assert (out.logp == -math.inf).all() and (out.entropy == 0).all()
-    grads = torch.autograd.grad([*out], [hidden, weight], [g.float(), e.float()])
+    grads = torch.autograd.grad([*out[:2]], [hidden, weight], [g.float(), e.float()])
     assert all((grad == 0).all() for grad in grads)
 
 
@@ -214,7 +207,7 @@ def test_half_precision_head_is_read_in_slices(monkeypatch):
     hidden, weight, _, target, g, e = draw(12, 8, 50, bias=False, dtype=torch.bfloat16)
     whole = linear_logprob(hidden, weight, target, return_entropy=True)
     whole_grads = gradients(whole, (g, e), (hidden, weight))
-    monkeypatch.setattr(chunked, "WEIGHT_SLICE_BYTES", 7 * 8 * 4)
+    monkeypatch.setattr(torch_backend, "WEIGHT_SLICE_BYTES", 7 * 8 * 4)
     parts = linear_logprob(hidden, weight, target, return_entropy=True)
     torch.testing.assert_close(parts.logp, whole.logp, atol=1e-6, rtol=0)
     for got, want in zip(gradients(parts, (g, e), (hidden, weight)), whole_grads, strict=True):
@@ -235,7 +228,7 @@ def test_leading_dimensions_pass_through():
     cube = linear_logprob(
         hidden.view(2, 3, 2, 6), weight, target.view(2, 3, 2), return_entropy=True
     )
-    for got, want in zip(cube, flat, strict=True):
+    for got, want in zip(cube[:2], flat[:2], strict=True):
         assert torch.equal(got, want.view(2, 3, 2))
 
 
@@ -279,49 +272,38 @@ def test_a_partitioned_head_is_refused():
 
 def test_double_backward_is_refused():
     hidden, weight, _, target, _, _ = draw(4, 5, 9, bias=False)
-    out = linear_logprob(hidden, weight, target).logp.sum()
+    out = linear_logprob(hidden, weight, target).logp.square().sum()
+    (first,) = torch.autograd.grad(out, [hidden], create_graph=True)
     with pytest.raises(RuntimeError, match="does not support double backward"):
-        torch.autograd.grad(out, [hidden], create_graph=True)
+        torch.autograd.grad(first.sum(), [hidden])
 
 
-def test_no_tensor_of_tokens_times_vocabulary_exists(monkeypatch):
+def test_no_tensor_of_tokens_times_vocabulary_exists():
     """The largest tensor in forward and backward is a chunk of logits, or the head's gradient."""
     n, d, v, rows = 600, 8, 3000, 16
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, tuple) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel())
-            return out
-
+    sizes = set()
     hidden, weight, _, target, g, e = draw(n, d, v, bias=False, dtype=torch.float32)
-    monkeypatch.setattr(chunked, "KEEP_BYTES", 0)
-    with Watch():
+    with Watch(lambda tensor: sizes.add(tensor.numel())):
         out = linear_logprob(hidden, weight, target, return_entropy=True, chunk_size=rows)
         gradients(out, (g, e), (hidden, weight))
-    assert largest == rows * v
+    assert max(sizes) == rows * v
 
 
 def test_a_frozen_head_gets_no_gradient_buffer():
     hidden, weight, _, target, _, _ = draw(6, 8, 400, bias=False, dtype=torch.float32)
-    weight = weight.detach()
-    sizes = set()
+    shapes = set()
 
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if isinstance(out, torch.Tensor) and out.data_ptr() != weight.data_ptr():
-                sizes.add(tuple(out.shape))
-            return out
+    def seen(tensor):
+        if tensor.data_ptr() != weight.data_ptr():
+            shapes.add(tuple(tensor.shape))
 
-    logp = linear_logprob(hidden, weight, target, chunk_size=2).logp
-    with Watch():
-        torch.autograd.grad(logp.sum(), [hidden])
-    assert (400, 8) not in sizes
+    for wanted in (True, False):
+        weight.requires_grad_(wanted)
+        shapes.clear()
+        logp = linear_logprob(hidden, weight, target, chunk_size=2).logp
+        with Watch(seen):
+            torch.autograd.grad(logp.sum(), [hidden])
+        assert ((400, 8) in shapes) == wanted
 
 
 PEAK = """
@@ -341,7 +323,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("_backward_strategy", ["kept"], indirect=True)
 def test_peak_memory_stays_below_the_bound():
     """Two chunks of logits and the head's gradient, plus 25 %; eager: 125 MiB several times."""
     run = subprocess.run([sys.executable, "-c", PEAK], check=True, capture_output=True, timeout=120)

@@ -1,0 +1,221 @@
+"""The Triton kernels of `linear_logprob`: a tile of logits lives in registers, in fp32, and nowhere
+else.
+
+Both kernels compute tiles of z = c(factor * (h . w + b)) / T, [rows, columns] = [BN, BV], and
+differ in what they do with one. `partials_kernel` walks over its share of the vocabulary and keeps
+running statistics of each row (the online softmax of Milakov and Gimelshein, arXiv:1805.02867):
+
+    m' = max(m, max z),  S' = e^(m - m') S + sum e^(z - m'),
+    U' = e^(m - m') (U + (m - m') S) + sum e^(z - m') (z - m')
+
+`grad_logits_kernel` turns one tile into dL/d(h . w + b) and stores it; the matrix products with it
+are left to the library.
+
+Tiles are read through tensor descriptors (TMA) or, with TMA false, through pointers. Grids have one
+dimension; row offsets are 64-bit. UPCAST is for the interpreter, which multiplies bfloat16 as if
+they were integers.
+"""
+
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+# (the types of Triton's language are those of its compiler, not of Python)
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra import libdevice
+
+LOWEST = tl.constexpr(-1e30)  # stands for -inf where a probability of 0 multiplies it
+
+
+@triton.jit
+def _dot_tile(
+    hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """h . w in fp32; 0 beyond the last row and column."""
+    acc = tl.zeros([BN, BV], dtype=tl.float32)
+    if TMA:
+        for d in range(0, width, BD):
+            h = hidden.load([row0, d])
+            w = weight.load([col0, d])
+            if UPCAST:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
+    else:
+        rows = (row0 + tl.arange(0, BN)).to(tl.int64)
+        cols = (col0 + tl.arange(0, BV)).to(tl.int64)
+        depth = tl.arange(0, BD)
+        h_at = hidden + rows[:, None] * stride_h + depth[None, :]
+        w_at = weight + cols[None, :] * stride_w + depth[:, None]
+        row_ok, col_ok = rows[:, None] < num_rows, cols[None, :] < num_cols
+        for d in range(0, width, BD):
+            left = width - d
+            h = tl.load(h_at + d, mask=row_ok & (depth[None, :] < left), other=0.0)
+            w = tl.load(w_at + d, mask=col_ok & (depth[:, None] < left), other=0.0)
+            if UPCAST:
+                h, w = h.to(tl.float32), w.to(tl.float32)
+            acc = tl.dot(h, w, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _add_lora_tile(
+    acc, lora_hidden, lora_weight, row0, col0, num_rows, num_cols, rank,
+    BN: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + (low-rank part of h) . (low-rank part of w): one more step of depth, BR >= rank."""
+    rows = (row0 + tl.arange(0, BN)).to(tl.int64)
+    cols = (col0 + tl.arange(0, BV)).to(tl.int64)
+    depth = tl.arange(0, BR)
+    h_ok = (rows[:, None] < num_rows) & (depth[None, :] < rank)
+    w_ok = (cols[None, :] < num_cols) & (depth[:, None] < rank)
+    h = tl.load(lora_hidden + rows[:, None] * rank + depth[None, :], mask=h_ok, other=0.0)
+    w = tl.load(lora_weight + cols[None, :] * rank + depth[:, None], mask=w_ok, other=0.0)
+    if UPCAST:
+        h, w = h.to(tl.float32), w.to(tl.float32)
+    return tl.dot(h, w, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def _tanh(x, INTERPRETED: tl.constexpr):
+    if INTERPRETED:  # which has no libdevice; 1e-7 off
+        return 2 * tl.sigmoid(2 * x) - 1
+    return libdevice.tanh(x)
+
+
+@triton.jit
+def _transform(
+    dot, bias, cols, num_cols, factor, softcap, inv_temperature,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """z of a tile of dots, and with a softcap tanh(u / softcap); before any column is left out."""
+    u = dot
+    if HAS_BIAS:
+        u += tl.load(bias + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
+    u *= factor
+    t = u
+    if SOFTCAP:
+        t = _tanh(u / softcap, INTERPRETED)
+        u = t * (softcap * inv_temperature)
+    return u, t
+
+
+@triton.jit
+def partials_kernel(
+    hidden, weight, bias, lora_hidden, lora_weight, target, out,
+    num_rows, num_cols, width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+    SPLITS: tl.constexpr, GROUP: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out[split, :, row] = m, S, U and the target's logit (0 where it lies elsewhere)."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_rows, BN)
+    # Programs that run together share few rows and few columns: GROUP row blocks, all splits.
+    first = pid // (GROUP * SPLITS) * GROUP
+    size = min(blocks - first, GROUP)
+    within = pid % (GROUP * SPLITS)
+    row0 = (first + within % size) * BN
+    split = within // size
+    tiles = tl.cdiv(tl.cdiv(num_cols, BV), SPLITS)
+    begin = split * tiles * BV
+    end = min(begin + tiles * BV, num_cols)
+
+    rows = row0 + tl.arange(0, BN)
+    y = tl.load(target + rows, mask=rows < num_rows, other=-1)
+    m = tl.full([BN], -float("inf"), dtype=tl.float32)
+    s = tl.zeros([BN], dtype=tl.float32)
+    u = tl.zeros([BN], dtype=tl.float32)
+    chosen = tl.zeros([BN], dtype=tl.float32)
+    for col0 in range(begin, end, BV):
+        dot = _dot_tile(
+            hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
+            BN, BV, BD, TMA, UPCAST, PRECISION,
+        )  # fmt: skip
+        if BR > 0:
+            dot = _add_lora_tile(
+                dot, lora_hidden, lora_weight, row0, col0, num_rows, num_cols, rank,
+                BN, BV, BR, UPCAST, PRECISION,
+            )  # fmt: skip
+        cols = col0 + tl.arange(0, BV)
+        z, _ = _transform(
+            dot, bias, cols, num_cols, factor, softcap, inv_temperature,
+            HAS_BIAS, SOFTCAP, INTERPRETED,
+        )  # fmt: skip
+        if tl.max(((y >= col0) & (y < col0 + BV)).to(tl.int32), 0) > 0:
+            chosen += tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), 1)
+        if col0 + BV > num_cols:
+            z = tl.where(cols[None, :] < num_cols, z, -float("inf"))
+        top = tl.maximum(m, tl.max(z, 1))
+        base = tl.where(top == -float("inf"), 0.0, top)
+        shifted = z - base[:, None]
+        p = tl.exp(shifted)
+        shrink = tl.exp(m - base)
+        if ENTROPY:
+            u = shrink * (u + tl.where(s > 0, (m - base) * s, 0.0))
+            u += tl.sum(p * tl.maximum(shifted, LOWEST), 1)
+        s = shrink * s + tl.sum(p, 1)
+        m = top
+    line = split.to(tl.int64) * 4
+    ok = rows < num_rows
+    tl.store(out + line * num_rows + rows, m, mask=ok)
+    tl.store(out + (line + 1) * num_rows + rows, s, mask=ok)
+    tl.store(out + (line + 2) * num_rows + rows, u, mask=ok)
+    tl.store(out + (line + 3) * num_rows + rows, chosen, mask=ok)
+
+
+@triton.jit
+def grad_logits_kernel(
+    hidden, weight, bias, lora_hidden, lora_weight, target,
+    lse, mean, grad_logp, grad_entropy, grad_lse, out,
+    num_rows, num_cols, width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+    slope, stride_out, first_col, last_col,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    ENTROPY: tl.constexpr, LSE: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """out[row, v - first_col] = slope * dL/dz of columns [first_col, last_col), in out's dtype."""
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_rows, BN)
+    tiles = tl.cdiv(last_col - first_col, BV)
+    first = pid // (GROUP * tiles) * GROUP
+    size = min(blocks - first, GROUP)
+    within = pid % (GROUP * tiles)
+    row0 = (first + within % size) * BN
+    col0 = first_col + within // size * BV
+
+    dot = _dot_tile(
+        hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
+        BN, BV, BD, TMA, UPCAST, PRECISION,
+    )  # fmt: skip
+    if BR > 0:
+        dot = _add_lora_tile(
+            dot, lora_hidden, lora_weight, row0, col0, num_rows, num_cols, rank,
+            BN, BV, BR, UPCAST, PRECISION,
+        )  # fmt: skip
+    rows = row0 + tl.arange(0, BN)
+    cols = col0 + tl.arange(0, BV)
+    z, t = _transform(
+        dot, bias, cols, num_cols, factor, softcap, inv_temperature, HAS_BIAS, SOFTCAP, INTERPRETED
+    )
+    ok = rows < num_rows
+    y = tl.load(target + rows, mask=ok, other=-1)
+    g = tl.load(grad_logp + rows, mask=ok, other=0.0)
+    p = tl.exp(z - tl.load(lse + rows, mask=ok, other=0.0)[:, None])
+    weight_of_p = -g
+    if LSE:
+        weight_of_p += tl.load(grad_lse + rows, mask=ok, other=0.0)
+    grad = p * weight_of_p[:, None]
+    if ENTROPY:
+        e = tl.load(grad_entropy + rows, mask=ok, other=0.0)
+        offset = z - tl.load(mean + rows, mask=ok, other=0.0)[:, None]
+        grad -= p * tl.maximum(offset, LOWEST) * e[:, None]
+    grad = tl.where(cols[None, :] == y[:, None], grad + g[:, None], grad) * slope
+    if SOFTCAP:
+        grad *= 1 - t * t
+    at = out + rows.to(tl.int64)[:, None] * stride_out + (cols - first_col)[None, :]
+    tl.store(at, grad.to(out.dtype.element_ty), mask=ok[:, None] & (cols < last_col)[None, :])
