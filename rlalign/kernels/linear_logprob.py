@@ -122,7 +122,7 @@ def linear_logprob(
         target.reshape(-1),
     )  # fmt: skip
     options = op.Options(
-        transform=Transform.of(temperature, logit_scale, softcap),
+        *Transform.of(temperature, logit_scale, softcap),
         backend=name,
         ignore_index=ignore_index,
         entropy=return_entropy,

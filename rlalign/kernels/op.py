@@ -11,12 +11,9 @@ Shapes: N tokens, M rows that are run, D hidden size, V rows of the head here, R
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,29 +24,26 @@ from rlalign.kernels.partials import Partials, finish, merge
 from rlalign.kernels.transform import Grads, Head, Rows, Transform, Upstream, accumulator
 
 
-@dataclass(frozen=True)
-class Options:
-    """What decides the result besides the tensors; travels through the operators as JSON."""
+class Options(NamedTuple):
+    """What decides the result besides the tensors: the operators' arguments after them."""
 
-    transform: Transform
+    factor: float  # see Transform
+    softcap: float | None
+    temperature: float
     backend: str  # torch or triton
     ignore_index: int
     entropy: bool
     first_row: int  # of the head here in the whole vocabulary
     vocab_size: int  # of the whole vocabulary, padding excluded
-    group: str = ""  # name of the process group that shares the head
-    reduce_hidden_grad: bool = True
-    chunk_size: int = 0  # torch backend; 0: its own choice
-    workspace_bytes: int = 0  # triton backend
-    batch_invariant: bool = False
+    group: str  # name of the process group that shares the head; empty: none
+    reduce_hidden_grad: bool
+    chunk_size: int  # torch backend; 0: its own choice
+    workspace_bytes: int  # triton backend
+    batch_invariant: bool
 
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> Options:
-        fields = json.loads(text)
-        return Options(**{**fields, "transform": Transform(*fields["transform"])})
+    @property
+    def transform(self) -> Transform:
+        return Transform(self.factor, self.softcap, self.temperature)
 
 
 def run(
@@ -63,7 +57,7 @@ def run(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp, entropy (zeros unless asked for) and lse, [N]; differentiable once."""
     return _forward(
-        hidden_ND, weight_VD, bias_V, lora_hidden_NR, lora_weight_VR, target_N, options.to_json()
+        hidden_ND, weight_VD, bias_V, lora_hidden_NR, lora_weight_VR, target_N, *options
     )[:3]
 
 
@@ -74,10 +68,25 @@ def forward(
     lora_hidden: Tensor | None,
     lora_weight: Tensor | None,
     target: Tensor,
-    options: str,
+    factor: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    ignore_index: int,
+    entropy: bool,
+    first_row: int,
+    vocab_size: int,
+    group: str,
+    reduce_hidden_grad: bool,
+    chunk_size: int,
+    workspace_bytes: int,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, lse and mean logit, [N]."""
-    opt = Options.from_json(options)
+    opt = Options(
+        factor, softcap, temperature, backend, ignore_index, entropy, first_row, vocab_size, group,
+        reduce_hidden_grad, chunk_size, workspace_bytes, batch_invariant,
+    )  # fmt: skip
     valid_M = (target != opt.ignore_index).nonzero()[:, 0]
     rows, head = _operands(hidden, weight, bias, lora_hidden, lora_weight, target, valid_M, opt)
     parts = _backend(opt.backend).statistics(
@@ -111,11 +120,27 @@ def backward(
     lse: Tensor,
     mean: Tensor,
     needs: list[bool],
-    options: str,
+    factor: float,
+    softcap: float | None,
+    temperature: float,
+    backend: str,
+    ignore_index: int,
+    entropy: bool,
+    first_row: int,
+    vocab_size: int,
+    group: str,
+    reduce_hidden_grad: bool,
+    chunk_size: int,
+    workspace_bytes: int,
+    batch_invariant: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five inputs before `target`, an empty tensor for each that none is needed
     of."""
-    opt, wanted = Options.from_json(options), Grads(*needs)
+    opt = Options(
+        factor, softcap, temperature, backend, ignore_index, entropy, first_row, vocab_size, group,
+        reduce_hidden_grad, chunk_size, workspace_bytes, batch_invariant,
+    )  # fmt: skip
+    wanted = Grads(*needs)
     given = [g for g in (grad_logp, grad_entropy, grad_lse) if g is not None]
     # a row whose logits are all -inf (lse -inf) has no distribution to move
     active = (target != opt.ignore_index) & (lse != -math.inf)
@@ -207,7 +232,7 @@ _backward = torch.library.custom_op("rlalign::linear_logprob_backward", backward
 
 
 @_forward.register_fake
-def _(hidden, weight, bias, lora_hidden, lora_weight, target, options):
+def _(hidden, weight, bias, lora_hidden, lora_weight, target, *options):
     dtype = accumulator(hidden.dtype)
     return tuple(hidden.new_empty(len(target), dtype=dtype) for _ in range(4))
 
@@ -215,7 +240,7 @@ def _(hidden, weight, bias, lora_hidden, lora_weight, target, options):
 @_backward.register_fake
 def _(
     grad_logp, grad_entropy, grad_lse, hidden, weight, bias, lora_hidden, lora_weight,
-    target, lse, mean, needs, options,
+    target, lse, mean, needs, *options,
 ):  # fmt: skip
     sources = (hidden, weight, bias, lora_hidden, lora_weight)
     return tuple(
@@ -225,16 +250,16 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.options = inputs
-    ctx.save_for_backward(*tensors, output[2], output[3])
+    ctx.options = inputs[6:]
+    ctx.save_for_backward(*inputs[:6], output[2], output[3])
     ctx.mark_non_differentiable(output[3])
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
-    outputs = _backward(*grads[:3], *ctx.saved_tensors, needs, ctx.options)
-    return *(x if need else None for x, need in zip(outputs, needs, strict=True)), None, None
+    outputs = _backward(*grads[:3], *ctx.saved_tensors, needs, *ctx.options)
+    return *(x if need else None for x, need in zip(outputs, needs, strict=True)), *[None] * 14
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:

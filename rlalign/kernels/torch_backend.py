@@ -153,16 +153,14 @@ def _softcap_slope(z_CV: Tensor, transform: Transform) -> Tensor:
 
 def _logits(rows: Rows, head: Head, transform: Transform, at: slice) -> Tensor:
     """z [C, V] in the accumulator's dtype, never rounded to half precision."""
-    dtype = accumulator(rows.hidden.dtype)
-
-    def scaled(hidden_CD: Tensor) -> Tensor:
-        hidden_CD = hidden_CD.to(dtype)
-        return hidden_CD if transform.factor == 1 else hidden_CD * transform.factor
-
-    z_CV = _matmul(scaled(rows.hidden[at]), head.weight[: head.cols])
+    dtype, factor = accumulator(rows.hidden.dtype), transform.factor
+    z_CV = rows.hidden.new_empty(len(rows.target[at]), head.cols, dtype=dtype)
+    _product(rows.hidden[at].to(dtype), head.weight[: head.cols], factor, z_CV)
     if rows.lora_hidden is not None:
         assert head.lora_weight is not None
-        z_CV += _matmul(scaled(rows.lora_hidden[at]), head.lora_weight[: head.cols])
+        _product(
+            rows.lora_hidden[at].to(dtype), head.lora_weight[: head.cols], factor, z_CV, add=True
+        )
     if head.bias is not None:
         z_CV.add_(head.bias[: head.cols], alpha=transform.factor)
     if transform.softcap is not None:
@@ -170,15 +168,16 @@ def _logits(rows: Rows, head: Head, transform: Transform, at: slice) -> Tensor:
     return z_CV
 
 
-def _matmul(hidden_CD: Tensor, weight_VD: Tensor) -> Tensor:
-    """hidden @ weight.T in hidden's dtype, the accumulator's."""
-    dtype = hidden_CD.dtype
-    if weight_VD.dtype == dtype:
-        return hidden_CD @ weight_VD.T
-    out_CV = hidden_CD.new_empty(len(hidden_CD), len(weight_VD))
-    for start, part in _weight_slices(weight_VD):
-        torch.mm(hidden_CD, part.to(dtype).T, out=out_CV[:, start : start + len(part)])
-    return out_CV
+def _product(
+    hidden_CD: Tensor, weight_VD: Tensor, factor: float, out_CV: Tensor, add: bool = False
+) -> None:
+    """out = factor * hidden @ weight.T (added where `add`), in out's dtype, which is hidden's. The
+    factor meets the finished sums: on the hidden states it would cost them a rounding."""
+    slices = [(0, weight_VD)] if weight_VD.dtype == out_CV.dtype else _weight_slices(weight_VD)
+    for start, part in slices:
+        part_CV = out_CV[:, start : start + len(part)]
+        part_DV = part.to(out_CV.dtype).T
+        torch.addmm(part_CV, hidden_CD, part_DV, beta=int(add), alpha=factor, out=part_CV)
 
 
 def _times_weight(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:

@@ -50,6 +50,11 @@ class TileTable(NamedTuple):
 # By compute capability, the newest first; half precision, then float32.
 TABLES: list[tuple[int, TileTable, TileTable]] = [
     (
+        100,
+        TileTable(Tiles(128, 128, 64, 8, 4, tma=True), Tiles(128, 256, 64, 8, 3, tma=True)),
+        TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3)),
+    ),
+    (
         90,
         TileTable(Tiles(128, 256, 64, 8, 3, tma=True), Tiles(128, 256, 64, 8, 3, tma=True)),
         TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3)),
@@ -204,7 +209,7 @@ def _arguments(rows: Rows, head: Head, transform: Transform, tiles: Tiles) -> di
         "HAS_BIAS": head.bias is not None, "SOFTCAP": softcap is not None, "TMA": tma,
         "UPCAST": INTERPRETED and hidden.dtype == torch.bfloat16,
         "PRECISION": _precision(), "INTERPRETED": INTERPRETED,
-        "num_warps": tiles.warps, "num_stages": tiles.stages,
+        "num_warps": tiles.warps, "num_stages": tiles.stages, "enable_fp_fusion": True,
     }  # fmt: skip
 
 
