@@ -32,6 +32,20 @@ def test_the_workspace_decides_memory_and_nothing_else(monkeypatch):
         torch.testing.assert_close(d_bias, results[0][2], atol=1e-7, rtol=1e-6)
 
 
+@pytest.mark.parametrize(("width", "used"), [(24, True), (23, False)])
+def test_aligned_matrices_are_read_through_descriptors(width, used, monkeypatch):
+    tiles = triton_backend.INTERPRETER_TILES._replace(tma=True)
+    monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+    hidden, weight, _, target, *_ = draw(20, width, 70, bias=False, dtype=torch.float32)
+    calls = []
+    described = triton_backend._described
+    monkeypatch.setattr(
+        triton_backend, "_described", lambda *args: calls.append(args) or described(*args)
+    )
+    score(hidden, weight, target)
+    assert bool(calls) == used
+
+
 def test_the_workspace_is_as_wide_as_fits():
     columns = triton_backend.workspace_columns
     assert columns(8192, 131072, torch.bfloat16, 256 << 20) == 16384
