@@ -1,7 +1,12 @@
-"""Tests that need a GPU are skipped, visibly, where there is none."""
+"""Tests that need a GPU are skipped, visibly, where there is none; RLALIGN_TEST_DEVICE=cuda makes
+tensors without a device on it."""
+
+import os
 
 import pytest
 import torch
+
+torch.set_default_device(os.environ.get("RLALIGN_TEST_DEVICE", "cpu"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

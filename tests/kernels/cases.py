@@ -1,5 +1,8 @@
-"""Inputs, the definition in float64, and the backend under test: torch, or Triton where this
-process interprets it (tests/kernels/test_interpreted.py starts such a process)."""
+"""Inputs, the definition in float64, and the backend under test.
+
+That is torch on a CPU; Triton where this process interprets it (tests/kernels/test_interpreted.py
+starts such a process) and on the GPU that RLALIGN_TEST_DEVICE=cuda asks for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,8 @@ import torch
 
 from rlalign.kernels.linear_logprob import linear_logprob
 
-BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" else "torch"
+DEVICE = os.environ.get("RLALIGN_TEST_DEVICE", "cpu")
+BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda" else "torch"
 
 
 def score(*args, backend: str = BACKEND, **options):
@@ -20,15 +24,17 @@ def score(*args, backend: str = BACKEND, **options):
 def draw(n: int, d: int, v: int, *, bias: bool, dtype: torch.dtype = torch.float64, seed: int = 0):
     """hidden, weight, bias (or None), target, and signed upstream gradients with zeros: of logp,
     of the entropy, of lse."""
-    rng = torch.Generator().manual_seed(seed)
-    hidden = torch.randn(n, d, generator=rng, dtype=torch.float64)
-    weight = torch.randn(v, d, generator=rng, dtype=torch.float64) * 2 / math.sqrt(d)
-    bias_v = torch.randn(v, generator=rng, dtype=torch.float64) if bias else None
-    target = torch.randint(0, v, (n,), generator=rng)
-    g, e, ell = torch.randn(3, n, generator=rng, dtype=torch.float64)
-    g[::3], e[1::4], ell[2::5] = 0, 0, 0  # clipped tokens beside tokens of either sign
-    tensors = [None if x is None else x.to(dtype) for x in (hidden, weight, bias_v)]
-    return *[None if x is None else x.requires_grad_() for x in tensors], target, g, e, ell
+    rng = torch.Generator("cpu").manual_seed(seed)
+    options = {"generator": rng, "dtype": torch.float64, "device": "cpu"}
+    hidden = torch.randn(n, d, **options)
+    weight = torch.randn(v, d, **options) * 2 / math.sqrt(d)
+    bias_v = torch.randn(v, **options) if bias else None
+    target = torch.randint(0, v, (n,), generator=rng, device="cpu").to(DEVICE)
+    upstream = torch.randn(3, n, **options)
+    upstream[0, ::3], upstream[1, 1::4], upstream[2, 2::5] = 0, 0, 0  # clipped tokens beside others
+    tensors = [None if x is None else x.to(DEVICE, dtype) for x in (hidden, weight, bias_v)]
+    inputs = [None if x is None else x.requires_grad_() for x in tensors]
+    return *inputs, target, *upstream.to(DEVICE)
 
 
 def reference(hidden, weight, bias, target, temperature=1.0, softcap=None, logit_scale=1.0):

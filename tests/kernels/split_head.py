@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from rlalign.kernels.linear_logprob import Lora, VocabParallel
-from tests.kernels.cases import draw, gradients, score
+from tests.kernels.cases import DEVICE, draw, gradients, score
 
 OPTIONS = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3, "return_entropy": True}
 N, D, V, RANK = 23, 16, 301, 5
@@ -19,10 +19,10 @@ BOUNDS = {2: (0, 90, V), 3: (0, 128, 140, V)}  # uneven
 
 
 def adapter():
-    rng = torch.Generator().manual_seed(9)
-    a_RD = torch.randn(RANK, D, generator=rng) / math.sqrt(D)
-    b_VR = torch.randn(V, RANK, generator=rng)
-    return a_RD.requires_grad_(), b_VR.requires_grad_()
+    rng = torch.Generator("cpu").manual_seed(9)
+    a_RD = torch.randn(RANK, D, generator=rng, device="cpu") / math.sqrt(D)
+    b_VR = torch.randn(V, RANK, generator=rng, device="cpu")
+    return a_RD.to(DEVICE).requires_grad_(), b_VR.to(DEVICE).requires_grad_()
 
 
 def compute(start: int = 0, stop: int = V, shard: VocabParallel | None = None):

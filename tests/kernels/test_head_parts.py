@@ -9,7 +9,7 @@ import torch
 
 from rlalign.kernels.linear_logprob import Lora, VocabParallel
 from tests.kernels import split_head
-from tests.kernels.cases import assert_near, draw, gradients, score
+from tests.kernels.cases import DEVICE, assert_near, draw, gradients, score
 from tests.kernels.split_head import OPTIONS, D, N, V, adapter
 from tests.trainer.ranks import run_ranks
 
@@ -68,6 +68,7 @@ def test_a_shard_needs_the_size_of_the_whole():
         score(hidden, weight, target, vocab_parallel=VocabParallel(0, 21), vocab_size=40)
 
 
+@pytest.mark.skipif(DEVICE == "cuda", reason="processes of their own on a CPU")
 @pytest.mark.parametrize("ranks", split_head.BOUNDS)
 def test_a_head_split_over_processes_gives_what_the_whole_one_does(ranks, tmp_path):
     run_ranks(Path(split_head.__file__), str(tmp_path), size=ranks)
