@@ -31,7 +31,8 @@ TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and row pitch
 
 
 class Tiles(NamedTuple):
-    """How one kernel is cut: rows, columns and depth of a tile, row blocks that run together."""
+    """How one kernel is cut: rows, columns and depth of a tile, row blocks that run together, and
+    the steps of depth after which the matrix units' accumulator is emptied (0: at the end)."""
 
     rows: int
     cols: int
@@ -39,6 +40,7 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     group: int = 16
+    promote: int = 0
     tma: bool = False
 
 
@@ -47,21 +49,25 @@ class TileTable(NamedTuple):
     backward: Tiles
 
 
-# By compute capability, the newest first; half precision, then float32.
+# By compute capability, the newest first; half precision, then float32. A log-prob shall be within
+# 2e-5, so the forward pass promotes every 256 of depth (measured on an H200 at logits of standard
+# deviation 6 and depth 4096: 1.3e-5 in place of 2.2e-4, for a sixth more time). dL/dz is rounded to
+# half precision anyway.
 TABLES: list[tuple[int, TileTable, TileTable]] = [
     (
-        100,
-        TileTable(Tiles(128, 128, 64, 8, 4, tma=True), Tiles(128, 256, 64, 8, 3, tma=True)),
-        TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3)),
-    ),
-    (
         90,
-        TileTable(Tiles(128, 256, 64, 8, 3, tma=True), Tiles(128, 256, 64, 8, 3, tma=True)),
+        TileTable(
+            forward=Tiles(128, 128, 64, warps=8, stages=4, promote=4, tma=True),
+            backward=Tiles(128, 256, 64, warps=8, stages=3, tma=True),
+        ),
         TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3)),
     ),
     (
         80,
-        TileTable(Tiles(128, 128, 64, 8, 3), Tiles(128, 128, 64, 8, 3)),
+        TileTable(
+            forward=Tiles(64, 128, 64, warps=8, stages=3, promote=4),
+            backward=Tiles(128, 128, 64, warps=8, stages=3),
+        ),
         TileTable(Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
     ),
 ]
@@ -205,6 +211,7 @@ def _arguments(rows: Rows, head: Head, transform: Transform, tiles: Tiles) -> di
         "factor": transform.factor, "softcap": softcap or 1.0,
         "inv_temperature": 1 / transform.temperature,
         "GROUP": tiles.group, "BN": tiles.rows, "BV": tiles.cols, "BD": tiles.depth,
+        "PROMOTE": tiles.promote,
         "BR": max(MIN_RANK, triton.next_power_of_2(rank)) if rank else 0,
         "HAS_BIAS": head.bias is not None, "SOFTCAP": softcap is not None, "TMA": tma,
         "UPCAST": INTERPRETED and hidden.dtype == torch.bfloat16,

@@ -31,31 +31,40 @@ LOWEST = tl.constexpr(-1e30)  # stands for -inf where a probability of 0 multipl
 def _dot_tile(
     hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    PROMOTE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h . w in fp32; 0 beyond the last row and column."""
+    """h . w in fp32; 0 beyond the last row and column.
+
+    Matrix units cut off low bits at each addition to their accumulator, so with PROMOTE > 0 it is
+    emptied into a sum of its own every that many steps.
+    """
     acc = tl.zeros([BN, BV], dtype=tl.float32)
-    if TMA:
-        for d in range(0, width, BD):
+    part = tl.zeros([BN, BV], dtype=tl.float32)
+    rows = (row0 + tl.arange(0, BN)).to(tl.int64)
+    cols = (col0 + tl.arange(0, BV)).to(tl.int64)
+    depth = tl.arange(0, BD)
+    for d in range(0, width, BD):
+        if TMA:
             h = hidden.load([row0, d])
-            w = weight.load([col0, d])
-            if UPCAST:
-                h, w = h.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(h, w.T, acc, input_precision=PRECISION)
-    else:
-        rows = (row0 + tl.arange(0, BN)).to(tl.int64)
-        cols = (col0 + tl.arange(0, BV)).to(tl.int64)
-        depth = tl.arange(0, BD)
-        h_at = hidden + rows[:, None] * stride_h + depth[None, :]
-        w_at = weight + cols[None, :] * stride_w + depth[:, None]
-        row_ok, col_ok = rows[:, None] < num_rows, cols[None, :] < num_cols
-        for d in range(0, width, BD):
-            left = width - d
-            h = tl.load(h_at + d, mask=row_ok & (depth[None, :] < left), other=0.0)
-            w = tl.load(w_at + d, mask=col_ok & (depth[:, None] < left), other=0.0)
-            if UPCAST:
-                h, w = h.to(tl.float32), w.to(tl.float32)
+            w = weight.load([col0, d]).T
+        else:
+            h_ok = (rows[:, None] < num_rows) & (depth[None, :] < width - d)
+            w_ok = (cols[None, :] < num_cols) & (depth[:, None] < width - d)
+            h_at = hidden + rows[:, None] * stride_h + (depth + d)[None, :]
+            w_at = weight + cols[None, :] * stride_w + (depth + d)[:, None]
+            h = tl.load(h_at, mask=h_ok, other=0.0)
+            w = tl.load(w_at, mask=w_ok, other=0.0)
+        if UPCAST:
+            h, w = h.to(tl.float32), w.to(tl.float32)
+        if PROMOTE > 0:
+            part = tl.dot(h, w, part, input_precision=PRECISION)
+            if (d // BD) % PROMOTE == PROMOTE - 1:
+                acc += part
+                part = tl.zeros([BN, BV], dtype=tl.float32)
+        else:
             acc = tl.dot(h, w, acc, input_precision=PRECISION)
+    if PROMOTE > 0:
+        acc += part
     return acc
 
 
@@ -111,7 +120,8 @@ def partials_kernel(
     SPLITS: tl.constexpr, GROUP: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     ENTROPY: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    PROMOTE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out[split, :, row] = m, S, U and the target's logit (0 where it lies elsewhere)."""
     pid = tl.program_id(0)
@@ -135,7 +145,7 @@ def partials_kernel(
     for col0 in range(begin, end, BV):
         dot = _dot_tile(
             hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
-            BN, BV, BD, TMA, UPCAST, PRECISION,
+            BN, BV, BD, PROMOTE, TMA, UPCAST, PRECISION,
         )  # fmt: skip
         if BR > 0:
             dot = _add_lora_tile(
@@ -178,7 +188,8 @@ def grad_logits_kernel(
     GROUP: tl.constexpr,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
     ENTROPY: tl.constexpr, LSE: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
-    TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr,
+    PROMOTE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out[row, v - first_col] = slope * dL/dz of columns [first_col, last_col), in out's dtype."""
     pid = tl.program_id(0)
@@ -192,7 +203,7 @@ def grad_logits_kernel(
 
     dot = _dot_tile(
         hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
-        BN, BV, BD, TMA, UPCAST, PRECISION,
+        BN, BV, BD, PROMOTE, TMA, UPCAST, PRECISION,
     )  # fmt: skip
     if BR > 0:
         dot = _add_lora_tile(

@@ -14,7 +14,8 @@ import torch
 from rlalign.kernels.linear_logprob import linear_logprob
 
 DEVICE = os.environ.get("RLALIGN_TEST_DEVICE", "cpu")
-BACKEND = "triton" if os.environ.get("TRITON_INTERPRET") == "1" or DEVICE == "cuda" else "torch"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+BACKEND = "triton" if INTERPRETED or DEVICE == "cuda" else "torch"
 
 
 def score(*args, backend: str = BACKEND, **options):

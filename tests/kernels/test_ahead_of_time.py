@@ -41,8 +41,8 @@ def source(kernel, tiles, dtype, **flags):
     types |= {x: "fp32" for x in ("factor", "softcap", "inv_temperature", "slope")}
     constants = options | {
         "GROUP": tiles.group, "BN": tiles.rows, "BV": tiles.cols, "BD": tiles.depth, "SPLITS": 8,
-        "BR": 16 if lora else 0, "TMA": tiles.tma, "LSE": False, "UPCAST": False,
-        "PRECISION": "ieee", "INTERPRETED": False, "grad_lse": None,
+        "BR": 16 if lora else 0, "PROMOTE": tiles.promote, "TMA": tiles.tma, "UPCAST": False,
+        "LSE": False, "PRECISION": "ieee", "INTERPRETED": False, "grad_lse": None,
     }  # fmt: skip
     constants |= {} if options["HAS_BIAS"] else {"bias": None}
     constants |= {} if lora else {"lora_hidden": None, "lora_weight": None}

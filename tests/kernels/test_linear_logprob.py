@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from rlalign.kernels.linear_logprob import LinearLogProb
-from tests.kernels.cases import BACKEND, assert_near, draw, gradients, reference, score
+from tests.kernels.cases import BACKEND, INTERPRETED, assert_near, draw, gradients, reference, score
 from tests.kernels.watch import Watch
 
 SHAPES = [(1, 3, 7), (33, 17, 129), (61, 64, 1003)]  # rows, width, vocabulary
@@ -35,7 +35,7 @@ def small_tiles(monkeypatch):
     if BACKEND == "triton":
         from rlalign.kernels import triton_backend
 
-        tiles = triton_backend.Tiles(16, 64, 32, 4, 1, group=2, tma=True)
+        tiles = triton_backend.Tiles(16, 64, 16, 4, 1, group=2, promote=3, tma=True)
         monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
         monkeypatch.setattr(triton_backend, "MIN_COLUMNS", 256)
 
@@ -71,14 +71,16 @@ def test_values_equal_the_definition(shape, options, backend):
 @pytest.mark.parametrize("wanted", [*OUTPUTS, "all"])
 def test_gradients_equal_the_definition(shape, options, wanted):
     """Upstreams differ from token to token, have either sign, and are zero for some."""
-    inputs, target, upstream, options, expected, exact = case(shape, options)
+    inputs, target, upstream, options, expected, copies = case(shape, options)
     actual = run(inputs, target, options, chunk_size=7)
     used = [
         up if wanted in (name, "all") else None for name, up in zip(OUTPUTS, upstream, strict=True)
     ]
-    pairs = zip(gradients(actual, used, inputs), gradients(expected, used, exact), strict=True)
-    # An entropy's gradient magnifies the rounding of a CPU's float32 products (2e-6 of eager too).
-    tolerance = 2e-6 if wanted == "entropy" and BACKEND == "torch" else 1e-6
+    pairs = zip(gradients(actual, used, inputs), gradients(expected, used, copies), strict=True)
+    # An entropy's gradient magnifies the rounding of float32 products as libraries and GPUs make
+    # them (eager torch is as far off).
+    exact = wanted != "entropy" or INTERPRETED
+    tolerance = 1e-6 if exact else 2e-6
     for got, want in pairs:
         assert_near(got, want, tolerance)
 
