@@ -116,8 +116,8 @@ def candidates(device: str, entropy: bool) -> dict[str, Callable[[], Peer]]:
     if not entropy:
         table["F.linear_cross_entropy 256"] = lambda: torch_linear_cross_entropy(256)
         table["F.linear_cross_entropy 1024"] = lambda: torch_linear_cross_entropy(1024)
-        table["Liger FLCE"] = liger_fused
     if device == "cuda" and not entropy:
+        table["Liger FLCE"] = liger_fused
         table["cut-cross-entropy"] = cut_cross_entropy
         table["cut-cross-entropy, exact"] = lambda: cut_cross_entropy(filter_eps=None)
     return table

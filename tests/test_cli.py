@@ -87,6 +87,10 @@ CASES = {
         lambda folder: "rewards.functions=[{name: python_tests}]",
         ["tests", "answer"],
     ),
+    "GPU kernels on a CPU machine": (
+        lambda folder: "kernels.backend=triton",
+        ["kernels.backend", "needs a GPU", "kernels.backend=auto"],
+    ),
     "GPU config on a CPU machine": (
         lambda folder: "trainer.device=cuda",
         ["cuda", "no usable GPU"],

@@ -358,6 +358,24 @@ class TrainerConfig:
 
 
 @dataclass
+class KernelsConfig:
+    """How log-probs come out of the language-model head without its logits (docs/kernels.md)."""
+
+    backend: str = option(
+        "auto",
+        "triton on a GPU, torch (chunks of rows) elsewhere; eager: all logits, to compare.",
+        choices=("auto", "triton", "torch", "eager"),
+    )
+    chunk_size: int | None = option(
+        None, "Rows whose logits exist at once (torch); unset: a few MiB of them.", ge=1
+    )
+    workspace_mib: int = option(256, "Piece of dL/dlogits that exists at once (triton).", ge=1)
+    batch_invariant: bool = option(
+        False, "Log-probs that do not depend on the batch, to the last bit (triton)."
+    )
+
+
+@dataclass
 class TrackingConfig:
     """What is recorded."""
 
@@ -381,4 +399,5 @@ class Config:
     rollout: RolloutConfig = section(RolloutConfig, "How samples are made.")
     rewards: RewardsConfig = section(RewardsConfig, "How good they are.")
     trainer: TrainerConfig = section(TrainerConfig, "How the weights move.")
+    kernels: KernelsConfig = section(KernelsConfig, "How log-probs are computed.")
     tracking: TrackingConfig = section(TrackingConfig, "What is recorded.")

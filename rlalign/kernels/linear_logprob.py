@@ -156,14 +156,13 @@ class LinearLogProb(nn.Module):
         *,
         logit_scale: float = 1.0,
         softcap: float | None = None,
-        backend: str = "auto",
+        **options: Any,
     ) -> None:
+        """`options` are further arguments of every call of `linear_logprob`: `backend`, ..."""
         super().__init__()
         self.weight = lm_head.weight
         self.bias = lm_head.bias
-        self.logit_scale = logit_scale
-        self.softcap = softcap
-        self.backend = backend
+        self.options: dict[str, Any] = {**options, "logit_scale": logit_scale, "softcap": softcap}
 
     def forward(
         self,
@@ -179,10 +178,8 @@ class LinearLogProb(nn.Module):
             target,
             bias=self.bias,
             temperature=temperature,
-            logit_scale=self.logit_scale,
-            softcap=self.softcap,
             return_entropy=return_entropy,
-            backend=self.backend,
+            **self.options,
         )
 
 

@@ -23,6 +23,7 @@ from rlalign.kernels.transform import Grads, Head, Rows, Transform, Upstream, ac
 CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # fp32 logits that exist at once, at most
 CACHE_BYTES = 4 * 2**20  # a CPU is quicker on chunks near its caches
 CACHE_ROWS = 256  # but the head's gradient is read and written once per chunk
+BLOCK_BYTES = 2**20
 MIN_ROWS = 16  # fewer rows make the matrix products slow
 WEIGHT_SLICE_BYTES = 32 * 2**20  # fp32 copy of the part of a half-precision head in use
 LOWEST = -1e30  # stands for -inf where a zero probability multiplies it: 0 * -inf is NaN
@@ -37,18 +38,18 @@ def statistics(
     if not head.cols:
         return parts._replace(max=parts.max - math.inf)
     for at in _chunks(rows, head, chunk_size):
-        z_CV = _logits(rows, head, transform, at)
-        safe_C, inside_C = _safe(rows.target[at])
-        parts.chosen[at] = torch.where(inside_C, z_CV.gather(1, safe_C[:, None])[:, 0], 0)
-        max_C = z_CV.amax(1)
-        parts.max[at] = max_C
-        shifted_CV = z_CV.sub_(max_C.masked_fill(max_C == -math.inf, 0)[:, None])
-        if entropy:
-            exp_CV = shifted_CV.exp()
-            parts.sum[at] = exp_CV.sum(1)
-            parts.moment[at] = shifted_CV.clamp_min_(LOWEST).mul_(exp_CV).sum(1)
-        else:
-            parts.sum[at] = shifted_CV.exp_().sum(1)
+        for block, z_CV in _blocks(at, _logits(rows, head, transform, at)):
+            safe_C, inside_C = _safe(rows.target[block])
+            parts.chosen[block] = torch.where(inside_C, z_CV.gather(1, safe_C[:, None])[:, 0], 0)
+            max_C = z_CV.amax(1)
+            parts.max[block] = max_C
+            shifted_CV = z_CV.sub_(max_C.masked_fill(max_C == -math.inf, 0)[:, None])
+            if entropy:
+                exp_CV = shifted_CV.exp()
+                parts.sum[block] = exp_CV.sum(1)
+                parts.moment[block] = shifted_CV.clamp_min_(LOWEST).mul_(exp_CV).sum(1)
+            else:
+                parts.sum[block] = shifted_CV.exp_().sum(1)
     return parts
 
 
@@ -110,19 +111,35 @@ def _grad_chunk(
     at: slice,
 ) -> Tensor:
     """dL/d(h . w + b) [C, V] of one chunk."""
-    z_CV = _logits(rows, head, transform, at)
-    slope_CV = None if transform.softcap is None else _softcap_slope(z_CV, transform)
-    g_C = upstream.logp[at]
-    factor_C = -g_C if upstream.lse is None else upstream.lse[at] - g_C
-    if upstream.entropy is None:
-        grad_CV = z_CV.sub_(lse_M[at][:, None]).exp_().mul_(factor_C[:, None])
-    else:
-        p_CV = (z_CV - lse_M[at][:, None]).exp_()
-        z_CV.clamp_min_(LOWEST).sub_(mean_M[at][:, None]).mul_(-upstream.entropy[at][:, None])
-        grad_CV = p_CV.mul_(z_CV.add_(factor_C[:, None]))
-    safe_C, inside_C = _safe(rows.target[at])
-    grad_CV.scatter_add_(1, safe_C[:, None], torch.where(inside_C, g_C, 0)[:, None])
-    return grad_CV.mul_(transform.slope) if slope_CV is None else grad_CV.mul_(slope_CV)
+    logits_CV = _logits(rows, head, transform, at)
+    scale = transform.slope if transform.softcap is None else 1.0
+    for block, z_CV in _blocks(at, logits_CV):
+        slope_CV = None if transform.softcap is None else _softcap_slope(z_CV, transform)
+        g_C = upstream.logp[block] * scale
+        factor_C = -g_C if upstream.lse is None else upstream.lse[block] * scale - g_C
+        if upstream.entropy is None:
+            z_CV.sub_(lse_M[block][:, None]).exp_().mul_(factor_C[:, None])
+        else:
+            e_C = upstream.entropy[block] * scale
+            p_CV = (z_CV - lse_M[block][:, None]).exp_()
+            z_CV.clamp_min_(LOWEST).sub_(mean_M[block][:, None]).mul_(-e_C[:, None])
+            z_CV.add_(factor_C[:, None]).mul_(p_CV)
+        safe_C, inside_C = _safe(rows.target[block])
+        z_CV.scatter_add_(1, safe_C[:, None], torch.where(inside_C, g_C, 0)[:, None])
+        if slope_CV is not None:
+            z_CV.mul_(slope_CV)
+    return logits_CV
+
+
+def _blocks(at: slice, z_CV: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """The rows of chunk `at` a few at a time: on a CPU what is done to a logit several times over
+    is done while it is in the cache."""
+    size = len(z_CV)
+    if z_CV.device.type == "cpu":
+        size = max(1, BLOCK_BYTES // (z_CV.element_size() * z_CV.shape[1]))
+    for start in range(0, len(z_CV), size):
+        block_CV = z_CV[start : start + size]
+        yield slice(at.start + start, at.start + start + len(block_CV)), block_CV
 
 
 def _chunks(rows: Rows, head: Head, chunk_size: int) -> Iterator[slice]:

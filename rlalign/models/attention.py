@@ -133,7 +133,7 @@ def _varlen(
     if len(pack.context_C):
         key_MKd, value_MKd = collect(key_NKd, pack.key_M), collect(value_NKd, pack.key_M)
     left = -1 if window is None else window - 1
-    grouped = {"enable_gqa": True} if query_NHd.shape[1] != key_NKd.shape[1] else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if query_NHd.shape[1] != key_NKd.shape[1] else {}
     # With more keys than queries the kernel aligns them at the end: a query sees its context whole.
     out = varlen_attn(
         query_NHd.contiguous(),

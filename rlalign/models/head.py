@@ -8,9 +8,12 @@ else is refused, not mistaken.
 
 from __future__ import annotations
 
+import dataclasses
+
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from rlalign.config.schema import KernelsConfig
 from rlalign.kernels.linear_logprob import LinearLogProb
 from rlalign.models.errors import ModelError
 
@@ -20,8 +23,9 @@ SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap")
 MULTIPLIES_BY_LOGITS_SCALING = ("hyperclovax",)
 
 
-def build_head(model: PreTrainedModel) -> LinearLogProb:
-    """The head of `model`, sharing its parameters. Raises ModelError where it is not linear."""
+def build_head(model: PreTrainedModel, kernels: KernelsConfig) -> LinearLogProb:
+    """The head of `model`, sharing its parameters, run as `kernels` says. Raises ModelError where
+    it is not linear."""
     head = model.get_output_embeddings()
     if not isinstance(head, nn.Linear):
         raise ModelError(
@@ -29,7 +33,12 @@ def build_head(model: PreTrainedModel) -> LinearLogProb:
             "linear layer; if LoRA targets it, leave it out of model.lora.target_modules"
         )
     config = model.config.get_text_config()
-    return LinearLogProb(head, logit_scale=_logit_scale(config), softcap=_softcap(config))
+    return LinearLogProb(
+        head,
+        logit_scale=_logit_scale(config),
+        softcap=_softcap(config),
+        **dataclasses.asdict(kernels),
+    )
 
 
 def _logit_scale(config: PreTrainedConfig) -> float:

@@ -152,6 +152,7 @@ def _load_policy(config: Config, world: World, *, with_reference: bool) -> Polic
         device=world.device,
         with_reference=with_reference,
         packing=config.trainer.packing,
+        kernels=config.kernels,
     )
     check_context(policy.model.config.get_text_config(), config)
     return policy

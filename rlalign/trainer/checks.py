@@ -25,6 +25,13 @@ def check_machine(config: Config) -> None:
             "trainer.device = 'cuda', but this machine has no usable GPU. Use trainer.device=auto "
             "(or cpu), or start from configs/grpo/mini.yaml, which is made for a CPU."
         )
+    if config.kernels.backend == "triton" and (
+        config.trainer.device == "cpu" or not torch.cuda.is_available()
+    ):
+        raise ConfigError(
+            "kernels.backend = 'triton' needs a GPU to train on. Use kernels.backend=auto: Triton "
+            "where there is one, chunks in plain torch elsewhere."
+        )
     if config.tracking.wandb != "disabled" and importlib.util.find_spec("wandb") is None:
         raise ConfigError(
             f"tracking.wandb = {config.tracking.wandb!r} but wandb is not installed: "

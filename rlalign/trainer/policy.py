@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rlalign.config.schema import ModelConfig
+from rlalign.config.schema import KernelsConfig, ModelConfig
 from rlalign.models.errors import ModelError
 from rlalign.models.head import build_head
 from rlalign.models.load import load_causal_lm
@@ -53,10 +53,11 @@ class Policy(nn.Module):
         *,
         reference: PreTrainedModel | None = None,
         packing: bool = True,
+        kernels: KernelsConfig | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.head = build_head(model)
+        self.head = build_head(model, kernels or KernelsConfig())
         self.packing = packing
         self._lora = any(".lora_" in name for name, _ in model.named_parameters())
         self._reference: list[Policy] = []
@@ -64,7 +65,8 @@ class Policy(nn.Module):
             install(model)
         quicken_norms(model)
         if reference is not None:
-            self._reference.append(Policy(reference.requires_grad_(False).eval(), packing=packing))
+            frozen = reference.requires_grad_(False).eval()
+            self._reference.append(Policy(frozen, packing=packing, kernels=kernels))
 
     @classmethod
     def from_config(
@@ -75,6 +77,7 @@ class Policy(nn.Module):
         device: torch.device | str = "cpu",
         with_reference: bool = False,
         packing: bool = True,
+        kernels: KernelsConfig | None = None,
     ) -> Policy:
         """Load the model, switch dropout off, attach adapters and checkpointing as configured.
 
@@ -89,7 +92,7 @@ class Policy(nn.Module):
             attach_lora(model, config.lora, seed)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy = cls(model, reference=reference, packing=packing)
+        policy = cls(model, reference=reference, packing=packing, kernels=kernels)
         policy.check()
         return policy.train()
 

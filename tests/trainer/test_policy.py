@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import torch
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlalign.config.schema import LoraConfig, ModelConfig
+from rlalign.config.schema import KernelsConfig, LoraConfig, ModelConfig
 from rlalign.models.errors import ModelError
 from rlalign.models.random import write_random_model
 from rlalign.trainer.policy import Policy
 from rlalign.types import TrainBatch
+from tests.kernels.watch import Watch
 
 VOCAB = 262
 SHAPES = ((5, 9), (3, 0), (1, 14), (8, 2), (2, 9), (6, 5), (4, 1))  # prompt, completion
@@ -120,6 +122,25 @@ def test_a_shared_prompt_goes_through_the_model_once(folder):
     )
     policy(rows)
     assert seen == [20 + 4 + 6 + 0 + 9]  # each completion without its last token
+
+
+def test_training_never_makes_the_logits_of_all_tokens(folder):
+    """Forward and backward of the current policy, and the forward passes of old log-probs and of
+    the reference: whatever is as wide as the vocabulary has a chunk of rows, or is the head."""
+    rows, chunk = batch(((20, 30), (20, 41), (20, 25)), groups=True), 8
+    config = ModelConfig(path=str(folder))
+    policy = Policy.from_config(
+        config, with_reference=True, kernels=KernelsConfig(chunk_size=chunk)
+    )
+    shapes = set()
+    with Watch(lambda tensor: shapes.add(tuple(tensor.shape))):
+        gradient(policy, [rows])
+        policy.reference_logp(rows)
+        with torch.no_grad():
+            policy(rows)
+    width = policy.model.config.hidden_size
+    wide = {shape for shape in shapes if VOCAB in shape} - {(VOCAB, width), (width, VOCAB)}
+    assert wide and max(math.prod(shape) for shape in wide) == chunk * VOCAB
 
 
 @pytest.mark.parametrize("rows", [batch(), batch(GROUPS, groups=True)], ids=["rows", "groups"])
