@@ -103,8 +103,10 @@ def forward(
     stats = finish(parts, (global_M >= 0) & (global_M < opt.vocab_size))
     out = hidden.new_zeros(4, len(target), dtype=accumulator(hidden.dtype))
     out[:, valid_M] = torch.stack(stats)
-    logp, entropy, lse, mean = (x.clone() for x in out)  # outputs may not share memory
-    return logp, entropy if opt.entropy else torch.zeros_like(logp), lse, mean
+    if not opt.entropy:
+        out[1] = 0
+    logp_N, entropy_N, lse_N, mean_N = (x.clone() for x in out)  # outputs may not share memory
+    return logp_N, entropy_N, lse_N, mean_N
 
 
 def backward(
