@@ -366,13 +366,9 @@ class KernelsConfig:
         "triton on a GPU, torch (chunks of rows) elsewhere; eager: all logits, to compare.",
         choices=("auto", "triton", "torch", "eager"),
     )
-    chunk_size: int | None = option(
-        None, "Rows whose logits exist at once (torch); unset: a few MiB of them.", ge=1
-    )
+    chunk_size: int | None = option(None, "Rows whose logits exist at once (torch).", ge=1)
     workspace_mib: int = option(256, "Piece of dL/dlogits that exists at once (triton).", ge=1)
-    batch_invariant: bool = option(
-        False, "Log-probs that do not depend on the batch, to the last bit (triton)."
-    )
+    batch_invariant: bool = option(False, "Rows that no other row changes, to the bit (triton).")
 
 
 @dataclass

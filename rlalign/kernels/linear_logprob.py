@@ -110,20 +110,13 @@ def linear_logprob(
     RuntimeError. Raises ValueError for shapes or options that do not fit.
     """
     shard = vocab_parallel or VocabParallel(0, len(weight))
-    total = vocab_size if vocab_size is not None else _total_rows(shard, vocab_parallel)
+    total = _total_rows(vocab_size, shard, vocab_parallel)
     _check(hidden, weight, target, bias, lora, temperature, softcap, chunk_size, shard)
     if validate:
         _check_targets(target, ignore_index, total)
-    name = choose_backend(backend, hidden, weight)
-    flat = (
-        hidden.reshape(-1, hidden.shape[-1]), weight, bias,
-        None if lora is None else lora.hidden.reshape(-1, lora.hidden.shape[-1]),
-        None if lora is None else lora.weight,
-        target.reshape(-1),
-    )  # fmt: skip
     options = op.Options(
         *Transform.of(temperature, logit_scale, softcap),
-        backend=name,
+        backend=choose_backend(backend, hidden, weight),
         ignore_index=ignore_index,
         entropy=return_entropy,
         first_row=shard.start,
@@ -134,13 +127,28 @@ def linear_logprob(
         workspace_bytes=_workspace_mib(workspace_mib) * 2**20,
         batch_invariant=batch_invariant,
     )
-    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits
-        logp, entropy, lse = _eager(*flat, options) if name == "eager" else op.run(*flat, options)
+    logp, entropy, lse = _run(hidden, weight, bias, lora, target, options)
     return LinearLogProbOutput(
-        logp.view(target.shape),
-        entropy.view(target.shape) if return_entropy else None,
-        lse.view(target.shape) if return_lse else None,
+        logp, entropy if return_entropy else None, lse if return_lse else None
     )
+
+
+def _run(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora: Lora | None,
+    target: Tensor,
+    options: op.Options,
+) -> list[Tensor]:
+    """logp, entropy and lse, shaped like `target`."""
+    rows_ND = hidden.reshape(-1, hidden.shape[-1])
+    lora_NR = None if lora is None else lora.hidden.reshape(-1, lora.hidden.shape[-1])
+    lora_VR = None if lora is None else lora.weight
+    run = _eager if options.backend == "eager" else op.run
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round the logits
+        outputs = run(rows_ND, weight, bias, lora_NR, lora_VR, target.reshape(-1), options)
+    return [output.view(target.shape) for output in outputs]
 
 
 class LinearLogProb(nn.Module):
@@ -209,10 +217,10 @@ def _triton_problem(hidden: Tensor, weight: Tensor) -> str:
     return ""
 
 
-def _total_rows(shard: VocabParallel, given: VocabParallel | None) -> int:
-    if given is None:
-        return shard.stop
-    raise ValueError("vocab_parallel needs vocab_size, the rows of the whole vocabulary")
+def _total_rows(given: int | None, shard: VocabParallel, parallel: VocabParallel | None) -> int:
+    if given is None and parallel is not None:
+        raise ValueError("vocab_parallel needs vocab_size, the rows of the whole vocabulary")
+    return shard.stop if given is None else given
 
 
 def _group_name(group: Any) -> str:

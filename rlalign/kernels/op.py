@@ -165,16 +165,24 @@ def backward(
         chunk_size=opt.chunk_size,
         workspace_bytes=opt.workspace_bytes,
     )
-    per_row = [_over_all_rows(g, at, len(target)) for g in (grads.hidden, grads.lora_hidden)]
+    return _finished(grads, (hidden, weight, bias, lora_hidden, lora_weight), at, opt)
+
+
+def _finished(
+    grads: Grads[Tensor | None], sources: tuple[Tensor | None, ...], at: Tensor, opt: Options
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of all rows, summed over the processes that share the head, in the inputs' dtypes;
+    an empty tensor for each that none is needed of."""
+    count = len(sources[0]) if sources[0] is not None else 0
+    per_row = [_over_all_rows(grad, at, count) for grad in (grads.hidden, grads.lora_hidden)]
     if opt.group and opt.reduce_hidden_grad:
         for grad in per_row:
             if grad is not None:
                 dist.all_reduce(grad, group=_process_group(opt.group))
-    grads = grads._replace(hidden=per_row[0], lora_hidden=per_row[1])
-    sources = (hidden, weight, bias, lora_hidden, lora_weight)
+    whole = grads._replace(hidden=per_row[0], lora_hidden=per_row[1])
     outputs = [
-        hidden.new_empty(0) if grad is None or source is None else grad.to(source.dtype)
-        for grad, source in zip(grads, sources, strict=True)
+        at.new_empty(0, dtype=torch.float32) if grad is None or x is None else grad.to(x.dtype)
+        for grad, x in zip(whole, sources, strict=True)
     ]
     return outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]
 
@@ -246,7 +254,7 @@ def _(
 ):  # fmt: skip
     sources = (hidden, weight, bias, lora_hidden, lora_weight)
     return tuple(
-        torch.empty_like(x) if need and x is not None else hidden.new_empty(0)
+        torch.empty_like(x) if need and x is not None else target.new_empty(0, dtype=torch.float32)
         for x, need in zip(sources, needs, strict=True)
     )
 

@@ -114,6 +114,20 @@ def _transform(
 
 
 @triton.jit
+def _take_in(z, m, s, u, ENTROPY: tl.constexpr):
+    """The running statistics with one more tile; a row may be -inf throughout."""
+    top = tl.maximum(m, tl.max(z, 1))
+    base = tl.where(top == -float("inf"), 0.0, top)
+    shifted = z - base[:, None]
+    p = tl.exp(shifted)
+    shrink = tl.exp(m - base)
+    if ENTROPY:
+        u = shrink * (u + tl.where(s > 0, (m - base) * s, 0.0))
+        u += tl.sum(p * tl.maximum(shifted, LOWEST), 1)
+    return top, shrink * s + tl.sum(p, 1), u
+
+
+@triton.jit
 def partials_kernel(
     hidden, weight, bias, lora_hidden, lora_weight, target, out,
     num_rows, num_cols, width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
@@ -161,16 +175,7 @@ def partials_kernel(
             chosen += tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), 1)
         if col0 + BV > num_cols:
             z = tl.where(cols[None, :] < num_cols, z, -float("inf"))
-        top = tl.maximum(m, tl.max(z, 1))
-        base = tl.where(top == -float("inf"), 0.0, top)
-        shifted = z - base[:, None]
-        p = tl.exp(shifted)
-        shrink = tl.exp(m - base)
-        if ENTROPY:
-            u = shrink * (u + tl.where(s > 0, (m - base) * s, 0.0))
-            u += tl.sum(p * tl.maximum(shifted, LOWEST), 1)
-        s = shrink * s + tl.sum(p, 1)
-        m = top
+        m, s, u = _take_in(z, m, s, u, ENTROPY)
     line = split.to(tl.int64) * 4
     ok = rows < num_rows
     tl.store(out + line * num_rows + rows, m, mask=ok)
