@@ -105,7 +105,7 @@ def candidates(device: str, entropy: bool) -> dict[str, Callable[[], Peer]]:
     table: dict[str, Callable[[], Peer]] = {
         "rlalign": lambda: ours(entropy),
         "torch eager": lambda: compiled,
-        "torch.compile": lambda: torch.compile(compiled),
+        "torch.compile": lambda: torch.compile(compiled, dynamic=False),
         "TRL chunked": lambda: trl(entropy),
         "Liger scaled CE": lambda: liger_scaled(entropy),
     }

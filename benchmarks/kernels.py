@@ -48,6 +48,7 @@ STEEP_STD = 6.0  # at which the error of ours is held against its bar
 SLOW_REPETITIONS = 5
 REFERENCE_ROWS = 512
 MAIN = GPU_SHAPES[0]
+OURS = "rlalign"
 SLOW = ("rlalign, torch", "cut-cross-entropy", "cut-cross-entropy, exact")  # at MAIN only
 
 
@@ -66,7 +67,8 @@ def run(quick: bool) -> dict[str, Any]:
 def draw(
     shape: Shape, device: str, dtype: torch.dtype, logit_std: float = LOGIT_STD
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """hidden, weight, target and upstream: fresh, signed, a third of the upstreams zero."""
+    """hidden, weight, target and upstream: fresh, and an upstream for every row, so that nobody
+    gains by leaving rows out."""
     hidden = torch.randn(shape.rows, shape.width, device=device).to(dtype)
     scale = logit_std / shape.width**0.5
     weight = torch.randn(shape.vocab, shape.width, device=device).mul_(scale).to(dtype)
@@ -132,6 +134,7 @@ def _gpu_shape(
     shape: Shape, entropy: bool, repetitions: int, peak: float
 ) -> Iterator[dict[str, Any]]:
     torch.manual_seed(0)
+    torch._dynamo.reset()  # torch.compile: a graph for this shape alone
     inputs = draw(shape, "cuda", torch.bfloat16)
     peers, accuracy = {}, {}
     for name, build in candidates("cuda", entropy).items():
@@ -141,7 +144,7 @@ def _gpu_shape(
             peer = build()
             full(peer, inputs)  # warm-up: compiles
             accuracy[name] = errors(peer, inputs) if shape == MAIN else {}
-            if shape == MAIN and entropy:
+            if shape == MAIN and entropy and name == OURS:
                 steep = draw(Shape(1024, *shape[1:]), "cuda", torch.bfloat16, STEEP_STD)
                 accuracy[name]["steep logp error"] = errors(peer, steep)["logp error"]
                 del steep
@@ -226,7 +229,8 @@ def _gpu_peak(size: int = 8192, repeats: int = 15) -> float:
 def _gpu_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The bars of the main shape: H100 or H200."""
     main = [row for row in rows if row["shape"] == str(MAIN) and row["entropy"]]
-    mine = next(row for row in main if row["side"] == "rlalign")
+    without = [row for row in rows if row["shape"] == str(MAIN) and not row["entropy"]]
+    mine = next(row for row in main if row["side"] == OURS)
     lower = 2 * MAIN.width * (MAIN.vocab + MAIN.rows)  # dW and dH in bf16
     memory = (lower + 4 * MAIN.rows * MAIN.width) / 2**20 + 256 + 4
     bars = [
@@ -237,7 +241,10 @@ def _gpu_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             f"{MAIN}: logp error at logit std {STEEP_STD:g}, nats", mine["steep logp error"], 2e-5
         ),
     ]
-    return bars + [_against(mine, row, "full ms", str(MAIN)) for row in main if row is not mine]
+    for label, group in (("with entropy", main), ("no entropy", without)):
+        mine = next(row for row in group if row["side"] == OURS)
+        bars += [_against(mine, row, "full ms", label) for row in group if row is not mine]
+    return bars
 
 
 # --- CPU -----------------------------------------------------------------------------------------
@@ -282,8 +289,8 @@ def _cpu_measure(
         peer = candidates("cpu", entropy)[name]()
     except (ImportError, AttributeError) as error:
         return {"left out": str(error)}
-    small = draw(Shape(64, CPU_SHAPE.width, 1000), "cpu", torch.float32)
-    full(peer, small)
+    if name != "torch.compile":  # whose memory is therefore that of its compiler too
+        full(peer, draw(Shape(64, CPU_SHAPE.width, 1000), "cpu", torch.float32))
     inputs = draw(CPU_SHAPE, "cpu", torch.float32)
     before = _peak_kib()
     full(peer, inputs)
@@ -319,7 +326,7 @@ def _matmul_s() -> float:
 
 def _cpu_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plain = {row["side"]: row for row in rows if not row["entropy"]}
-    light, mine = plain["rlalign, light"], plain["rlalign"]
+    light, mine = plain["rlalign, light"], plain[OURS]
     torchs = [row["full MiB"] for side, row in plain.items() if side.startswith("F.linear")]
     bars = [_bar("light setting: peak memory growth, MiB", light["full MiB"], 100.0)]
     if torchs:

@@ -367,7 +367,7 @@ class KernelsConfig:
         choices=("auto", "triton", "torch", "eager"),
     )
     chunk_size: int | None = option(None, "Rows whose logits exist at once (torch).", ge=1)
-    workspace_mib: int = option(256, "Piece of dL/dlogits that exists at once (triton).", ge=1)
+    workspace_mib: int | None = option(None, "Of dL/dlogits, at once (triton); unset: 256.", ge=1)
     batch_invariant: bool = option(False, "Rows that no other row changes, to the bit (triton).")
 
 

@@ -102,9 +102,9 @@ def linear_logprob(
     `backend` is `triton` (GPUs), `torch` (chunks of rows, anywhere), `eager` (materialises all
     logits: the reference) or `auto`: what $RLALIGN_KERNEL_BACKEND says, else Triton on a GPU.
     `chunk_size` is the number of rows whose logits exist at once in the torch backend (unset: a few
-    MiB of them), `workspace_mib` (256) bounds the piece of dL/dz that exists at once in the Triton
-    backend. `batch_invariant`: a row's result does not depend on the other rows, to the last bit
-    (Triton).
+    MiB of them). `workspace_mib` ($RLALIGN_KERNEL_WORKSPACE_MIB, else 256) bounds the piece of
+    dL/dz that exists at once in the Triton backend, down to 1024 columns of it.
+    `batch_invariant`: a row's result does not depend on the other rows, to the last bit (Triton).
 
     Gradients reach `hidden`, `weight`, `bias` and `lora` once; differentiating twice raises
     RuntimeError. Raises ValueError for shapes or options that do not fit.
@@ -116,7 +116,7 @@ def linear_logprob(
         _check_targets(target, ignore_index, total)
     options = op.Options(
         *Transform.of(temperature, logit_scale, softcap),
-        backend=choose_backend(backend, hidden, weight),
+        backend=choose_backend(backend, hidden, weight, *(lora or ())),
         ignore_index=ignore_index,
         entropy=return_entropy,
         first_row=shard.start,
@@ -191,27 +191,27 @@ class LinearLogProb(nn.Module):
         )
 
 
-def choose_backend(name: str, hidden: Tensor, weight: Tensor) -> str:
-    """The backend that `name` stands for with these tensors. Raises ValueError for an unknown one,
-    and for Triton where it cannot run."""
+def choose_backend(name: str, *operands: Tensor) -> str:
+    """The backend that `name` stands for with these factors of matrix products, hidden states
+    first. Raises ValueError for an unknown one, and for Triton where it cannot run."""
     if name == "auto":
         name = os.environ.get(BACKEND_VARIABLE, "auto")
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(BACKENDS)}")
-    problem = _triton_problem(hidden, weight) if name in ("auto", "triton") else ""
+    problem = _triton_problem(*operands) if name in ("auto", "triton") else ""
     if name == "triton" and problem:
         raise ValueError(f"backend 'triton' cannot run here: {problem}; use 'torch'")
     return ("torch" if problem else "triton") if name == "auto" else name
 
 
-def _triton_problem(hidden: Tensor, weight: Tensor) -> str:
-    """Why the Triton backend cannot take these tensors; nothing where it can."""
+def _triton_problem(hidden: Tensor, *others: Tensor) -> str:
+    """Why the Triton backend cannot take these factors; nothing where it can."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     if not hidden.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
         return f"the tensors are on {hidden.device.type}"
-    if hidden.dtype == torch.float64 or hidden.dtype != weight.dtype:
-        return f"hidden is {hidden.dtype} and weight {weight.dtype}"
+    if hidden.dtype == torch.float64 or any(x.dtype != hidden.dtype for x in others):
+        return f"hidden is {hidden.dtype}, the others {', '.join(str(x.dtype) for x in others)}"
     if hidden.is_cuda and torch.cuda.get_device_capability(hidden.device) < (8, 0):
         return f"{torch.cuda.get_device_name(hidden.device)} is older than Ampere"
     return ""

@@ -181,7 +181,9 @@ def _finished(
                 dist.all_reduce(grad, group=_process_group(opt.group))
     whole = grads._replace(hidden=per_row[0], lora_hidden=per_row[1])
     outputs = [
-        at.new_empty(0, dtype=torch.float32) if grad is None or x is None else grad.to(x.dtype)
+        at.new_empty(0, dtype=torch.float32)
+        if grad is None or x is None
+        else grad.to(x.dtype).contiguous()
         for grad, x in zip(whole, sources, strict=True)
     ]
     return outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]
@@ -254,7 +256,7 @@ def _(
 ):  # fmt: skip
     sources = (hidden, weight, bias, lora_hidden, lora_weight)
     return tuple(
-        torch.empty_like(x) if need and x is not None else target.new_empty(0, dtype=torch.float32)
+        x.new_empty(x.shape) if need and x is not None else target.new_empty(0, dtype=torch.float32)
         for x, need in zip(sources, needs, strict=True)
     )
 

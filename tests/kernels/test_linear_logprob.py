@@ -11,7 +11,16 @@ import pytest
 import torch
 
 from rlalign.kernels.linear_logprob import LinearLogProb
-from tests.kernels.cases import BACKEND, INTERPRETED, assert_near, draw, gradients, reference, score
+from tests.kernels.cases import (
+    BACKEND,
+    DEVICE,
+    INTERPRETED,
+    assert_near,
+    draw,
+    gradients,
+    reference,
+    score,
+)
 from tests.kernels.watch import Watch
 
 SHAPES = [(1, 3, 7), (33, 17, 129), (61, 64, 1003)]  # rows, width, vocabulary
@@ -193,11 +202,12 @@ def test_non_finite_hidden_states_show_in_their_own_row():
     assert torch.isnan(logp).tolist() == [False, False, True, False]
 
 
-def test_autocast_does_not_round_the_logits():
+@pytest.mark.parametrize("backend", [BACKEND, "eager"])
+def test_autocast_does_not_round_the_logits(backend):
     hidden, weight, _, target, _, _, _ = draw(8, 6, 30, bias=False, dtype=torch.float32)
-    plain = score(hidden, weight, target).logp
-    with torch.autocast("cpu", torch.bfloat16):
-        inside = score(hidden, weight, target).logp
+    plain = score(hidden, weight, target, backend=backend).logp
+    with torch.autocast(DEVICE, torch.bfloat16):
+        inside = score(hidden, weight, target, backend=backend).logp
     assert torch.equal(plain, inside)
 
 

@@ -151,14 +151,18 @@ def test_equal_lengths_need_no_padding_and_give_the_same(architecture):
     assert_close(together(ours, rows), alone(own, rows), 1e-5)
 
 
-def test_gradient_checkpointing_changes_nothing():
+@pytest.mark.parametrize("parents", [None, [parent for _, parent in TREE]], ids=["rows", "tree"])
+def test_gradient_checkpointing_changes_nothing(parents):
     _, ours = pair("qwen2")
-    rows = sequences()
-    plain = gradient(ours, together(ours, rows))
+    parts = sequences([length for length, _ in TREE])
+
+    def hiddens():
+        return [packed.packed_hidden(ours, make_pack(parts, parents))]
+
+    plain = gradient(ours, hiddens())
     ours.train()
     ours.gradient_checkpointing_enable({"use_reentrant": False})
-    checkpointed = gradient(ours, together(ours, rows))
-    assert torch.equal(plain, checkpointed)
+    assert torch.equal(plain, gradient(ours, hiddens()))
 
 
 def test_the_pack_lays_sequences_out_longest_first():
