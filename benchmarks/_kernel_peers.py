@@ -109,9 +109,7 @@ def candidates(device: str, entropy: bool) -> dict[str, Callable[[], Peer]]:
         "TRL chunked": lambda: trl(entropy),
         "Liger scaled CE": lambda: liger_scaled(entropy),
     }
-    if device == "cpu":
-        table["rlalign, light"] = lambda: ours(entropy, chunk_size=64)
-    else:
+    if device == "cuda":
         table["rlalign, torch"] = lambda: ours(entropy, backend="torch")
     if not entropy:
         table["F.linear_cross_entropy 256"] = lambda: torch_linear_cross_entropy(256)

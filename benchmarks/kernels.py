@@ -328,15 +328,14 @@ def _matmul_s() -> float:
 
 def _cpu_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     plain = {row["side"]: row for row in rows if not row["entropy"]}
-    light, mine = plain["rlalign, light"], plain[OURS]
+    mine = plain[OURS]
     torchs = [row["full MiB"] for side, row in plain.items() if side.startswith("F.linear")]
-    bars = [_bar("light setting: peak memory growth, MiB", light["full MiB"], 100.0)]
+    bars = [_bar("peak memory growth, MiB", mine["full MiB"], 100.0)]
     if torchs:
-        bars.append(
-            _bar("light setting against F.linear_cross_entropy", light["full MiB"], min(torchs))
-        )
-    others = [row for side, row in plain.items() if not side.startswith("rlalign")]
-    return bars + [_against(mine, row, "full s", "default setting") for row in others]
+        limit = min(torchs)
+        bars.append(_bar("the same against F.linear_cross_entropy", mine["full MiB"], limit))
+    others = [row for row in plain.values() if row is not mine]
+    return bars + [_against(mine, row, "full s", "no entropy") for row in others]
 
 
 def _bar(what: str, value: float, limit: float) -> dict[str, Any]:

@@ -366,7 +366,7 @@ class KernelsConfig:
         "triton on a GPU, torch (chunks of rows) elsewhere; eager: all logits, to compare.",
         choices=("auto", "triton", "torch", "eager"),
     )
-    chunk_size: int | None = option(None, "Rows whose logits exist at once (torch).", ge=1)
+    chunk_size: int | None = option(None, "Rows of a tile of logits (torch).", ge=1)
     workspace_mib: int | None = option(None, "Of dL/dlogits, at once (triton); unset: 256.", ge=1)
     batch_invariant: bool = option(False, "Rows that no other row changes, to the bit (triton).")
 

@@ -99,10 +99,10 @@ def linear_logprob(
     target outside the vocabulary gives NaN, or with `validate` (which waits for the device) a
     ValueError. Rows of the head from `vocab_size` on are padding and have no probability.
 
-    `backend` is `triton` (GPUs), `torch` (chunks of rows, anywhere), `eager` (materialises all
+    `backend` is `triton` (GPUs), `torch` (tiles of logits, anywhere), `eager` (materialises all
     logits: the reference) or `auto`: what $RLALIGN_KERNEL_BACKEND says, else Triton on a GPU.
-    `chunk_size` is the number of rows whose logits exist at once in the torch backend (unset: a few
-    MiB of them). `workspace_mib` ($RLALIGN_KERNEL_WORKSPACE_MIB, else 256) bounds the piece of
+    `chunk_size` is the number of rows of a tile of logits in the torch backend (unset: about as
+    many as columns, 1024 on a CPU). `workspace_mib` ($RLALIGN_KERNEL_WORKSPACE_MIB, else 256) bounds the piece of
     dL/dz that exists at once in the Triton backend, down to 1024 columns of it.
     `batch_invariant`: a row's result does not depend on the other rows, to the last bit (Triton).
 

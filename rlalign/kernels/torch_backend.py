@@ -1,32 +1,42 @@
-"""The plain-torch backend of `linear_logprob`: chunks of rows, on any device and in float64 too.
+"""The plain-torch backend of `linear_logprob`: tiles of logits, on any device and in float64 too.
 
-The forward pass reduces the logits of a chunk to a few numbers a row. The backward pass computes
-them again and turns that buffer into the gradient, with p = e^(z - lse) and Ez = sum p z:
+The forward pass reduces a tile of logits to a few numbers a row. The backward pass computes it
+again and turns that buffer into the gradient, with p = e^(z - lse) and Ez = sum p z:
 
     dL/dz_v = g 1[v = y] + p_v (l - g - e (z_v - Ez))
 
-Shapes: M rows, D hidden size, V vocabulary, C rows of one chunk, R rank of the head's adapter.
+Columns are the outer loop: a slice of the head is read (and converted to fp32) once, and its
+gradient is finished before the next one begins. Tiles are about square, so that no matrix product
+has a short side and a CPU finds the tile in its cache.
+
+Shapes: M rows, D hidden size, V vocabulary, C rows of one tile, S columns of one tile, R rank of
+the head's adapter.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from rlalign.kernels.partials import Partials
+from rlalign.kernels.partials import Partials, merge
 from rlalign.kernels.transform import Grads, Head, Rows, Transform, Upstream, accumulator
 
-CHUNK_BYTES = {"cpu": 64 * 2**20, "cuda": 256 * 2**20}  # fp32 logits that exist at once, at most
-CACHE_BYTES = 4 * 2**20  # a CPU is quicker on chunks near its caches
-CACHE_ROWS = 256  # but the head's gradient is read and written once per chunk
-BLOCK_BYTES = 2**20
-MIN_ROWS = 16  # fewer rows make the matrix products slow
-WEIGHT_SLICE_BYTES = 32 * 2**20  # fp32 copy of the part of a half-precision head in use
+TILE_SIDE = {"cpu": 1024, "cuda": 4096}  # 4 MiB of fp32 logits, 64 on a GPU
+SLICE_BYTES = 32 * 2**20  # fp32 copy of the part of a half-precision head in use
 LOWEST = -1e30  # stands for -inf where a zero probability multiplies it: 0 * -inf is NaN
+
+
+class Slice(NamedTuple):
+    """Some columns of the logits: rows of the head, in the accumulator's dtype."""
+
+    cols: slice
+    weight: Tensor  # [S, D]
+    bias: Tensor | None  # [S]
+    lora_weight: Tensor | None  # [S, R]
 
 
 def statistics(
@@ -34,23 +44,19 @@ def statistics(
 ) -> Partials:
     """Partials [M] over the head's columns, in the accumulator's dtype."""
     dtype = accumulator(rows.hidden.dtype)
-    parts = Partials(*(rows.hidden.new_zeros(len(rows.target), dtype=dtype) for _ in range(4)))
-    if not head.cols:
-        return parts._replace(max=parts.max - math.inf)
-    for at in _chunks(rows, head, chunk_size):
-        for block, z_CV in _blocks(at, _logits(rows, head, transform, at)):
-            safe_C, inside_C = _safe(rows.target[block])
-            parts.chosen[block] = torch.where(inside_C, z_CV.gather(1, safe_C[:, None])[:, 0], 0)
-            max_C = z_CV.amax(1)
-            parts.max[block] = max_C
-            shifted_CV = z_CV.sub_(max_C.masked_fill(max_C == -math.inf, 0)[:, None])
-            if entropy:
-                exp_CV = shifted_CV.exp()
-                parts.sum[block] = exp_CV.sum(1)
-                parts.moment[block] = shifted_CV.clamp_min_(LOWEST).mul_(exp_CV).sum(1)
-            else:
-                parts.sum[block] = shifted_CV.exp_().sum(1)
-    return parts
+    whole = Partials(*rows.hidden.new_zeros(4, len(rows.target), dtype=dtype))
+    whole.max.fill_(-math.inf)
+    tile = _tile_shape(rows, head, chunk_size)
+    buffer = rows.hidden.new_empty(tile[0] * tile[1], dtype=dtype)
+    for part in _slices(head, tile[1], dtype):
+        for at in _chunks(rows, tile[0]):
+            z_CS = _logits(rows, part, transform, at, buffer)
+            so_far = Partials(*(x[at] for x in whole))
+            new = _tile_statistics(z_CS, rows.target[at] - part.cols.start, entropy)
+            pairs = zip(so_far, new, strict=True)
+            for x, value in zip(so_far, merge(Partials(*map(torch.stack, pairs))), strict=True):
+                x.copy_(value)
+    return whole
 
 
 def gradients(
@@ -65,148 +71,156 @@ def gradients(
     chunk_size: int = 0,
     **_: Any,
 ) -> Grads[Tensor | None]:
-    """The gradients that `needs` asks for, accumulated over chunks in fp32: sums in bf16 would
-    lose two digits. Those of weights come in the weights' dtype."""
+    """The gradients that `needs` asks for, summed in fp32: sums in bf16 would lose two digits.
+    Those of the head come in its dtype, the others in the accumulator's."""
     dtype = accumulator(rows.hidden.dtype)
-    sources = (rows.hidden, head.weight, head.bias, rows.lora_hidden, head.lora_weight)
-    out = Grads(
-        *(
-            torch.zeros_like(x, dtype=dtype) if x is not None and need else None
-            for x, need in zip(sources, needs, strict=True)
-        )
-    )
-    if head.cols:
-        for at in _chunks(rows, head, chunk_size):
-            _add_chunk(
-                out, rows, head, at, _grad_chunk(rows, head, transform, lse_M, mean_M, upstream, at)
-            )
+    out = _zeros(rows, head, needs, dtype)
+    tile = _tile_shape(rows, head, chunk_size)
+    buffer = rows.hidden.new_empty(tile[0] * tile[1], dtype=dtype)
+    for part in _slices(head, tile[1], dtype):
+        sums = _sums(out, part, dtype)
+        for at in _chunks(rows, tile[0]):
+            z_CS = _logits(rows, part, transform, at, buffer)
+            local_C = rows.target[at] - part.cols.start
+            given = Upstream(*(x if x is None else x[at] for x in upstream))  # pyright: ignore
+            grad_CS = _tile_gradient(z_CS, local_C, transform, lse_M[at], mean_M[at], given)
+            _add(sums, rows, part, at, grad_CS)
+        for x, total in zip(out, sums, strict=True):
+            if x is not None and total is not None and x.dtype != total.dtype:
+                x[part.cols] = total.to(x.dtype)
     return out
 
 
-def _add_chunk(
-    out: Grads[Tensor | None], rows: Rows, head: Head, at: slice, grad_CV: Tensor
-) -> None:
-    dtype, cols = grad_CV.dtype, head.cols
-    if out.hidden is not None:
-        _times_weight(grad_CV, head.weight[:cols], out.hidden[at])
-    if out.weight is not None:
-        out.weight[:cols].addmm_(grad_CV.T, rows.hidden[at].to(dtype))
-    if out.bias is not None:
-        out.bias[:cols] += grad_CV.sum(0)
-    if out.lora_hidden is not None:
-        assert head.lora_weight is not None
-        _times_weight(grad_CV, head.lora_weight[:cols], out.lora_hidden[at])
-    if out.lora_weight is not None:
-        assert rows.lora_hidden is not None
-        out.lora_weight[:cols].addmm_(grad_CV.T, rows.lora_hidden[at].to(dtype))
+def _tile_statistics(z_CS: Tensor, local_C: Tensor, entropy: bool) -> Partials:
+    """Of one tile, whose buffer is used up."""
+    safe_C, inside_C = _safe(local_C, z_CS)
+    chosen_C = torch.where(inside_C, z_CS.gather(1, safe_C[:, None])[:, 0], 0)
+    max_C = z_CS.amax(1)
+    shifted_CS = z_CS.sub_(max_C.masked_fill(max_C == -math.inf, 0)[:, None])
+    if not entropy:
+        return Partials(max_C, shifted_CS.exp_().sum(1), torch.zeros_like(max_C), chosen_C)
+    exp_CS = shifted_CS.exp()
+    moment_C = shifted_CS.clamp_min_(LOWEST).mul_(exp_CS).sum(1)
+    return Partials(max_C, exp_CS.sum(1), moment_C, chosen_C)
 
 
-def _grad_chunk(
-    rows: Rows,
-    head: Head,
+def _tile_gradient(
+    z_CS: Tensor,
+    local_C: Tensor,
     transform: Transform,
-    lse_M: Tensor,
-    mean_M: Tensor,
+    lse_C: Tensor,
+    mean_C: Tensor,
     upstream: Upstream,
-    at: slice,
 ) -> Tensor:
-    """dL/d(h . w + b) [C, V] of one chunk."""
-    logits_CV = _logits(rows, head, transform, at)
-    scale = transform.slope if transform.softcap is None else 1.0
-    for block, z_CV in _blocks(at, logits_CV):
-        slope_CV = None if transform.softcap is None else _softcap_slope(z_CV, transform)
-        g_C = upstream.logp[block] * scale
-        factor_C = -g_C if upstream.lse is None else upstream.lse[block] * scale - g_C
-        if upstream.entropy is None:
-            z_CV.sub_(lse_M[block][:, None]).exp_().mul_(factor_C[:, None])
-        else:
-            e_C = upstream.entropy[block] * scale
-            p_CV = (z_CV - lse_M[block][:, None]).exp_()
-            z_CV.clamp_min_(LOWEST).sub_(mean_M[block][:, None]).mul_(-e_C[:, None])
-            z_CV.add_(factor_C[:, None]).mul_(p_CV)
-        safe_C, inside_C = _safe(rows.target[block])
-        z_CV.scatter_add_(1, safe_C[:, None], torch.where(inside_C, g_C, 0)[:, None])
-        if slope_CV is not None:
-            z_CV.mul_(slope_CV)
-    return logits_CV
+    """dL/d(h . w + b) of one tile, in the logits' buffer."""
+    slope_CS = None if transform.softcap is None else _softcap_slope(z_CS, transform)
+    scale = transform.slope if slope_CS is None else 1.0
+    g_C = upstream.logp * scale
+    factor_C = -g_C if upstream.lse is None else upstream.lse * scale - g_C
+    if upstream.entropy is None:
+        z_CS.sub_(lse_C[:, None]).exp_().mul_(factor_C[:, None])
+    else:
+        p_CS = (z_CS - lse_C[:, None]).exp_()
+        z_CS.clamp_min_(LOWEST).sub_(mean_C[:, None]).mul_(-(upstream.entropy * scale)[:, None])
+        z_CS.add_(factor_C[:, None]).mul_(p_CS)
+    safe_C, inside_C = _safe(local_C, z_CS)
+    z_CS.scatter_add_(1, safe_C[:, None], torch.where(inside_C, g_C, 0)[:, None])
+    return z_CS if slope_CS is None else z_CS.mul_(slope_CS)
 
 
-def _blocks(at: slice, z_CV: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """The rows of chunk `at` a few at a time: on a CPU what is done to a logit several times over
-    is done while it is in the cache."""
-    size = len(z_CV)
-    if z_CV.device.type == "cpu":
-        size = max(1, BLOCK_BYTES // (z_CV.element_size() * z_CV.shape[1]))
-    for start in range(0, len(z_CV), size):
-        block_CV = z_CV[start : start + size]
-        yield slice(at.start + start, at.start + start + len(block_CV)), block_CV
+def _add(sums: Grads[Tensor | None], rows: Rows, part: Slice, at: slice, grad_CS: Tensor) -> None:
+    """Take one tile into the sums: all rows' of what is per row, this slice's of the head's."""
+    if sums.hidden is not None:
+        sums.hidden[at].addmm_(grad_CS, part.weight)
+    if sums.weight is not None:
+        sums.weight.addmm_(grad_CS.T, rows.hidden[at].to(grad_CS.dtype))
+    if sums.bias is not None:
+        sums.bias.add_(grad_CS.sum(0))
+    if sums.lora_hidden is not None and part.lora_weight is not None:
+        sums.lora_hidden[at].addmm_(grad_CS, part.lora_weight)
+    if sums.lora_weight is not None and rows.lora_hidden is not None:
+        sums.lora_weight.addmm_(grad_CS.T, rows.lora_hidden[at].to(grad_CS.dtype))
 
 
-def _chunks(rows: Rows, head: Head, chunk_size: int) -> Iterator[slice]:
-    size = chunk_size or _default_rows(head.cols, rows.hidden.device.type)
+def _zeros(rows: Rows, head: Head, needs: Grads[bool], dtype: torch.dtype) -> Grads[Tensor | None]:
+    def zeros(x: Tensor | None, need: bool, dtype: torch.dtype | None = None) -> Tensor | None:
+        return torch.zeros_like(x, dtype=dtype) if x is not None and need else None
+
+    return Grads(
+        hidden=zeros(rows.hidden, needs.hidden, dtype),
+        weight=zeros(head.weight, needs.weight),
+        bias=zeros(head.bias, needs.bias),
+        lora_hidden=zeros(rows.lora_hidden, needs.lora_hidden, dtype),
+        lora_weight=zeros(head.lora_weight, needs.lora_weight),
+    )
+
+
+def _sums(out: Grads[Tensor | None], part: Slice, dtype: torch.dtype) -> Grads[Tensor | None]:
+    """Where a slice is summed up: in its part of the result if that is of `dtype`, else beside."""
+
+    def place(x: Tensor | None) -> Tensor | None:
+        if x is None or x.dtype == dtype:
+            return x if x is None else x[part.cols]
+        return torch.zeros_like(x[part.cols], dtype=dtype)
+
+    return out._replace(
+        weight=place(out.weight), bias=place(out.bias), lora_weight=place(out.lora_weight)
+    )
+
+
+def _slices(head: Head, size: int, dtype: torch.dtype) -> Iterator[Slice]:
+    for start in range(0, head.cols, size):
+        cols = slice(start, min(start + size, head.cols))
+        weight, bias, lora_weight = (
+            x if x is None else x[cols].to(dtype)
+            for x in (head.weight, head.bias, head.lora_weight)
+        )
+        assert weight is not None
+        yield Slice(cols, weight, bias, lora_weight)
+
+
+def _chunks(rows: Rows, size: int) -> Iterator[slice]:
     for start in range(0, len(rows.target), size):
-        yield slice(start, start + size)
+        yield slice(start, min(start + size, len(rows.target)))
 
 
-def _default_rows(vocab_size: int, device: str) -> int:
-    most = CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (4 * vocab_size)
-    if device == "cpu":
-        most = min(most, max(CACHE_ROWS, CACHE_BYTES // (4 * vocab_size)))
-    return max(MIN_ROWS, most)
+def _tile_shape(rows: Rows, head: Head, chunk_size: int) -> tuple[int, int]:
+    """Rows and columns of a tile: a square, or as long as it must be where the other side is
+    short."""
+    side = TILE_SIDE.get(rows.hidden.device.type, TILE_SIDE["cuda"])
+    count = chunk_size or max(side, side**2 // max(head.cols, 1))
+    count = max(1, min(count, len(rows.target)))
+    cols = max(side, side**2 // count)
+    if head.weight.dtype != accumulator(rows.hidden.dtype):
+        cols = min(cols, max(side, SLICE_BYTES // (4 * head.weight.shape[1])))
+    return count, max(1, min(cols, head.cols))
 
 
-def _safe(target_C: Tensor) -> tuple[Tensor, Tensor]:
-    """`target_C` with 0 where it is -1 (no column of this head), and where it is not."""
-    inside_C = target_C >= 0
-    return target_C.clamp(min=0), inside_C
+def _logits(rows: Rows, part: Slice, transform: Transform, at: slice, buffer: Tensor) -> Tensor:
+    """z [C, S] in `buffer`, in the accumulator's dtype: never rounded to half precision. The factor
+    meets the finished sums: on the hidden states it would cost them a rounding."""
+    dtype, factor = buffer.dtype, transform.factor
+    shape = (at.stop - at.start, len(part.weight))
+    z_CS = buffer[: shape[0] * shape[1]].view(shape)
+    torch.addmm(z_CS, rows.hidden[at].to(dtype), part.weight.T, beta=0, alpha=factor, out=z_CS)
+    if rows.lora_hidden is not None and part.lora_weight is not None:
+        z_CS.addmm_(rows.lora_hidden[at].to(dtype), part.lora_weight.T, alpha=factor)
+    if part.bias is not None:
+        z_CS.add_(part.bias, alpha=factor)
+    if transform.softcap is not None:
+        z_CS.div_(transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
+    return z_CS
 
 
-def _softcap_slope(z_CV: Tensor, transform: Transform) -> Tensor:
+def _safe(local_C: Tensor, z_CS: Tensor) -> tuple[Tensor, Tensor]:
+    """The targets as columns of a tile with 0 where they lie outside of it, and where they do
+    not."""
+    inside_C = (local_C >= 0) & (local_C < z_CS.shape[1])
+    return torch.where(inside_C, local_C, 0), inside_C
+
+
+def _softcap_slope(z_CS: Tensor, transform: Transform) -> Tensor:
     """dz / d(h . w + b) at each logit: slope * (1 - (z T / cap)^2)."""
     assert transform.softcap is not None
-    ratio_CV = z_CV * (transform.temperature / transform.softcap)
-    return ratio_CV.square_().neg_().add_(1).mul_(transform.slope)
-
-
-def _logits(rows: Rows, head: Head, transform: Transform, at: slice) -> Tensor:
-    """z [C, V] in the accumulator's dtype, never rounded to half precision."""
-    dtype, factor = accumulator(rows.hidden.dtype), transform.factor
-    z_CV = rows.hidden.new_empty(len(rows.target[at]), head.cols, dtype=dtype)
-    _product(rows.hidden[at].to(dtype), head.weight[: head.cols], factor, z_CV)
-    if rows.lora_hidden is not None:
-        assert head.lora_weight is not None
-        _product(
-            rows.lora_hidden[at].to(dtype), head.lora_weight[: head.cols], factor, z_CV, add=True
-        )
-    if head.bias is not None:
-        z_CV.add_(head.bias[: head.cols], alpha=transform.factor)
-    if transform.softcap is not None:
-        z_CV.div_(transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
-    return z_CV
-
-
-def _product(
-    hidden_CD: Tensor, weight_VD: Tensor, factor: float, out_CV: Tensor, add: bool = False
-) -> None:
-    """out = factor * hidden @ weight.T (added where `add`), in out's dtype, which is hidden's. The
-    factor meets the finished sums: on the hidden states it would cost them a rounding."""
-    slices = [(0, weight_VD)] if weight_VD.dtype == out_CV.dtype else _weight_slices(weight_VD)
-    for start, part in slices:
-        part_CV = out_CV[:, start : start + len(part)]
-        part_DV = part.to(out_CV.dtype).T
-        torch.addmm(part_CV, hidden_CD, part_DV, beta=int(add), alpha=factor, out=part_CV)
-
-
-def _times_weight(grad_CV: Tensor, weight_VD: Tensor, out_CD: Tensor) -> None:
-    """out = grad @ weight in out's dtype."""
-    if weight_VD.dtype == grad_CV.dtype:
-        torch.mm(grad_CV, weight_VD, out=out_CD)
-        return
-    for start, part in _weight_slices(weight_VD):
-        out_CD.addmm_(grad_CV[:, start : start + len(part)], part.to(grad_CV.dtype))
-
-
-def _weight_slices(weight_VD: Tensor) -> Iterator[tuple[int, Tensor]]:
-    count = max(1, WEIGHT_SLICE_BYTES // (4 * weight_VD.shape[1]))
-    for start in range(0, len(weight_VD), count):
-        yield start, weight_VD[start : start + count]
+    ratio_CS = z_CS * (transform.temperature / transform.softcap)
+    return ratio_CS.square_().neg_().add_(1).mul_(transform.slope)

@@ -10,6 +10,7 @@ import math
 import pytest
 import torch
 
+from rlalign.kernels import torch_backend
 from rlalign.kernels.linear_logprob import LinearLogProb
 from tests.kernels.cases import (
     BACKEND,
@@ -47,6 +48,8 @@ def small_tiles(monkeypatch):
         tiles = triton_backend.Tiles(16, 64, 16, 4, 1, group=2, promote=3, tma=True)
         monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
         monkeypatch.setattr(triton_backend, "MIN_COLUMNS", 256)
+    else:
+        monkeypatch.setitem(torch_backend.TILE_SIDE, "cpu", 16)
 
 
 def case(shape, options, dtype=torch.float32):
