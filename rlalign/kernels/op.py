@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torch.distributed as dist
@@ -21,7 +21,15 @@ from torch import Tensor
 
 from rlalign.kernels import torch_backend
 from rlalign.kernels.partials import Partials, finish, merge
-from rlalign.kernels.transform import Grads, Head, Rows, Transform, Upstream, accumulator
+from rlalign.kernels.transform import (
+    Filter,
+    Grads,
+    Head,
+    Rows,
+    Transform,
+    Upstream,
+    accumulator,
+)
 
 
 class Options(NamedTuple):
@@ -38,12 +46,20 @@ class Options(NamedTuple):
     group: str  # name of the process group that shares the head; empty: none
     reduce_hidden_grad: bool
     chunk_size: int  # torch backend; 0: its own choice
-    workspace_bytes: int  # triton backend
+    workspace_bytes: int  # triton backend, as all that follow
     batch_invariant: bool
+    fused: bool
+    filter_eps: float
+    filter_hidden_grad: bool
+    filter_weight_grad: bool
 
     @property
     def transform(self) -> Transform:
         return Transform(self.factor, self.softcap, self.temperature)
+
+    @property
+    def filter(self) -> Filter:
+        return Filter(self.filter_eps, self.filter_hidden_grad, self.filter_weight_grad)
 
 
 def run(
@@ -68,25 +84,10 @@ def forward(
     lora_hidden: Tensor | None,
     lora_weight: Tensor | None,
     target: Tensor,
-    factor: float,
-    softcap: float | None,
-    temperature: float,
-    backend: str,
-    ignore_index: int,
-    entropy: bool,
-    first_row: int,
-    vocab_size: int,
-    group: str,
-    reduce_hidden_grad: bool,
-    chunk_size: int,
-    workspace_bytes: int,
-    batch_invariant: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logp, entropy, lse and mean logit, [N]."""
-    opt = Options(
-        factor, softcap, temperature, backend, ignore_index, entropy, first_row, vocab_size, group,
-        reduce_hidden_grad, chunk_size, workspace_bytes, batch_invariant,
-    )  # fmt: skip
+    opt = Options(*options)
     valid_M = (target != opt.ignore_index).nonzero()[:, 0]
     rows, head = _operands(hidden, weight, bias, lora_hidden, lora_weight, target, valid_M, opt)
     parts = _backend(opt.backend).statistics(
@@ -122,26 +123,11 @@ def backward(
     lse: Tensor,
     mean: Tensor,
     needs: list[bool],
-    factor: float,
-    softcap: float | None,
-    temperature: float,
-    backend: str,
-    ignore_index: int,
-    entropy: bool,
-    first_row: int,
-    vocab_size: int,
-    group: str,
-    reduce_hidden_grad: bool,
-    chunk_size: int,
-    workspace_bytes: int,
-    batch_invariant: bool,
+    *options: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the five inputs before `target`, an empty tensor for each that none is needed
     of."""
-    opt = Options(
-        factor, softcap, temperature, backend, ignore_index, entropy, first_row, vocab_size, group,
-        reduce_hidden_grad, chunk_size, workspace_bytes, batch_invariant,
-    )  # fmt: skip
+    opt = Options(*options)
     wanted = Grads(*needs)
     given = [g for g in (grad_logp, grad_entropy, grad_lse) if g is not None]
     # a row whose logits are all -inf (lse -inf) has no distribution to move
@@ -164,6 +150,8 @@ def backward(
         wanted,
         chunk_size=opt.chunk_size,
         workspace_bytes=opt.workspace_bytes,
+        fused=opt.fused,
+        filter=opt.filter,
     )
     return _finished(grads, (hidden, weight, bias, lora_hidden, lora_weight), at, opt)
 
@@ -239,8 +227,28 @@ def _backend(name: str) -> ModuleType:
     return triton_backend
 
 
-_forward = torch.library.custom_op("rlalign::linear_logprob", forward, mutates_args=())
-_backward = torch.library.custom_op("rlalign::linear_logprob_backward", backward, mutates_args=())
+def _schema(tensors: str, results: int) -> str:
+    """Of an operator with these arguments before the options; from the types in Options."""
+    names = {float: "float", float | None: "float?", str: "str", int: "SymInt", bool: "bool"}
+    options = (f"{names[kind]} {name}" for name, kind in get_type_hints(Options).items())
+    return f"({tensors}, {', '.join(options)}) -> ({', '.join(['Tensor'] * results)})"
+
+
+INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor? lora_hidden, Tensor? lora_weight, "
+    "Tensor target"
+)
+UPSTREAM = "Tensor? grad_logp, Tensor? grad_entropy, Tensor? grad_lse"
+
+_forward = torch.library.custom_op(
+    "rlalign::linear_logprob", forward, mutates_args=(), schema=_schema(INPUTS, 4)
+)
+_backward = torch.library.custom_op(
+    "rlalign::linear_logprob_backward",
+    backward,
+    mutates_args=(),
+    schema=_schema(f"{UPSTREAM}, {INPUTS}, Tensor lse, Tensor mean, bool[] needs", 5),
+)
 
 
 @_forward.register_fake
@@ -271,7 +279,9 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 def _differentiate(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:5])
     outputs = _backward(*grads[:3], *ctx.saved_tensors, needs, *ctx.options)
-    return *(x if need else None for x, need in zip(outputs, needs, strict=True)), *[None] * 14
+    return *(x if need else None for x, need in zip(outputs, needs, strict=True)), *[None] * (
+        1 + len(ctx.options)
+    )
 
 
 def _refuse(ctx: Any, *grads: Tensor | None) -> None:

@@ -59,6 +59,15 @@ class Upstream(NamedTuple):
     lse: Tensor | None
 
 
+class Filter(NamedTuple):
+    """Which small gradients the fused backward leaves out: tiles of dL/dz whose every entry is
+    below `eps` times the median of |dL/dlogp|, of the hidden states and of the head."""
+
+    eps: float = 0.0
+    hidden: bool = False
+    weight: bool = False
+
+
 class Grads(NamedTuple, Generic[T]):
     """One value for each input that can have a gradient."""
 

@@ -1,11 +1,13 @@
-"""The Triton backend of `linear_logprob`: launches, tile sizes, and the backward of two strategies.
+"""The Triton backend of `linear_logprob`: launches, tile sizes, and two ways backward.
 
-Forward (F1): running statistics per row and share of the vocabulary, merged afterwards. Backward
-(B1): vocabulary-major. For each range of columns [v0, v1) one kernel writes dZ [M, v1 - v0] into a
-workspace of bounded size, and the library multiplies:
+Forward: running statistics per row and share of the vocabulary, merged afterwards. Backward:
+vocabulary-major, with a workspace of bounded size. For each range of columns [v0, v1) one kernel
+writes dZ [M, v1 - v0] into it, and the library multiplies:
 
     dW[v0:v1] = dZ^T h      one product, written once: no fp32 copy of the head's gradient
     dH += dZ W[v0:v1]       accumulated in fp32, [M, D]
+
+Or, fused, one kernel adds both products up; the workspace is dW[v0:v1] in fp32.
 
 Shapes: M rows, D hidden size, V vocabulary.
 """
@@ -22,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign.kernels import triton_kernels
 from rlalign.kernels.partials import Partials, merge
-from rlalign.kernels.transform import Grads, Head, Rows, Transform, Upstream
+from rlalign.kernels.transform import Filter, Grads, Head, Rows, Transform, Upstream
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it decorates
 MIN_COLUMNS = 1024  # of the workspace
@@ -47,6 +49,7 @@ class Tiles(NamedTuple):
 class TileTable(NamedTuple):
     forward: Tiles
     backward: Tiles
+    fused: Tiles
 
 
 # By compute capability, the newest first; half precision, then float32. A log-prob shall be within
@@ -59,25 +62,28 @@ TABLES: list[tuple[int, TileTable, TileTable]] = [
         TileTable(
             forward=Tiles(128, 128, 64, warps=8, stages=4, promote=5, tma=True),
             backward=Tiles(128, 256, 64, warps=8, stages=3, tma=True),
+            fused=Tiles(128, 128, 64, warps=8, stages=3, tma=True),
         ),
-        TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3)),
+        TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3), Tiles(64, 64, 32, 4, 2)),
     ),
     (
         80,
         TileTable(
             forward=Tiles(64, 128, 64, warps=8, stages=3, promote=5),
             backward=Tiles(128, 128, 64, warps=8, stages=3),
+            fused=Tiles(64, 128, 64, warps=8, stages=2),
         ),
-        TileTable(Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
+        TileTable(Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
     ),
 ]
+NO_FILTER = Filter()
 INTERPRETER_TILES = Tiles(128, 512, 256, 4, 1)
 
 
 def tiles_of(tensor: Tensor) -> TileTable:
     """The tile sizes for `tensor`'s device and dtype."""
     if INTERPRETED:
-        return TileTable(INTERPRETER_TILES, INTERPRETER_TILES)
+        return TileTable(INTERPRETER_TILES, INTERPRETER_TILES, INTERPRETER_TILES)
     major, minor = torch.cuda.get_device_capability(tensor.device)
     half = tensor.dtype in (torch.bfloat16, torch.float16)
     for capability, half_table, full_table in TABLES:
@@ -122,30 +128,97 @@ def gradients(
     needs: Grads[bool],
     *,
     workspace_bytes: int,
-    tiles: Tiles | None = None,
+    fused: bool = False,
+    filter: Filter = NO_FILTER,
     **_: Any,
 ) -> Grads[Tensor | None]:
-    """Gradients of what is per row and of the bias in float32, those of weights in their dtype;
-    None where `needs` says so."""
-    tiles = tiles or tiles_of(rows.hidden).backward
-    count = len(rows.target)
-    out = _empty_grads(rows, head, needs)
-    if not count or not head.cols:
-        return Grads(*(x if x is None else x.zero_() for x in out))
-    width = workspace_columns(count, head.cols, rows.hidden.dtype, workspace_bytes)
-    workspace = rows.hidden.new_empty(count, width)
+    """Gradients of what is per row and of the bias in float32, those of weights in their dtype
+    (fused: an adapter's in float32); None where `needs` says so."""
+    if not len(rows.target) or not head.cols:
+        return Grads(*(x if x is None else x.zero_() for x in _empty_grads(rows, head, needs)))
+    table = tiles_of(rows.hidden)
+    tiles = table.fused if fused else table.backward
+    if filter.hidden or filter.weight:  # sorted columns, which no descriptor reads
+        tiles = tiles._replace(tma=False)
     arguments = _arguments(rows, head, transform, tiles) | {
-        "lse": lse_M, "mean": mean_M, "out": workspace, "stride_out": workspace.stride(0),
-        "grad_logp": upstream.logp, "grad_entropy": upstream.entropy, "grad_lse": upstream.lse,
-        "slope": transform.slope, "ENTROPY": upstream.entropy is not None,
-        "LSE": upstream.lse is not None,
+        "lse": lse_M, "mean": mean_M, "grad_logp": upstream.logp,
+        "grad_entropy": upstream.entropy, "grad_lse": upstream.lse, "slope": transform.slope,
+        "ENTROPY": upstream.entropy is not None, "LSE": upstream.lse is not None,
     }  # fmt: skip
+    if fused:
+        return _fused(rows, head, needs, arguments, workspace_bytes, filter)
+    return _through_workspace(rows, head, needs, arguments, workspace_bytes)
+
+
+def _through_workspace(
+    rows: Rows, head: Head, needs: Grads[bool], arguments: dict[str, Any], workspace_bytes: int
+) -> Grads[Tensor | None]:
+    out = _empty_grads(rows, head, needs)
+    dtype = rows.hidden.dtype
+    width = workspace_columns(len(rows.target) * dtype.itemsize, head.cols, workspace_bytes)
+    workspace = rows.hidden.new_empty(len(rows.target), width)
     for first in range(0, head.cols, width):
         last = min(first + width, head.cols)
-        grid = (triton.cdiv(count, tiles.rows) * triton.cdiv(last - first, tiles.cols),)
-        triton_kernels.grad_logits_kernel[grid](**arguments, first_col=first, last_col=last)
+        triton_kernels.grad_logits_kernel[_grid(arguments, last - first)](
+            **arguments, out=workspace, stride_out=width, first_col=first, last_col=last
+        )
         _multiply(out, rows, head, workspace[:, : last - first], first)
     return out
+
+
+def _fused(
+    rows: Rows,
+    head: Head,
+    needs: Grads[bool],
+    arguments: dict[str, Any],
+    workspace_bytes: int,
+    filter: Filter,
+) -> Grads[Tensor | None]:
+    """Sums in float32 by atomic additions, in the order of the day."""
+    out = Grads(
+        *(
+            torch.zeros_like(x, dtype=torch.float32) if x is not None and need else None
+            for x, need in zip(
+                (rows.hidden, None, head.bias, rows.lora_hidden, head.lora_weight), needs,
+                strict=True,
+            )
+        )
+    )  # fmt: skip
+    filtered = filter.hidden or filter.weight
+    order = _column_order(rows, head) if filtered else None
+    arguments = arguments | {"FILTER_HIDDEN": filter.hidden, "FILTER_WEIGHT": filter.weight}
+    d_weight = torch.zeros_like(head.weight) if needs.weight else None
+    depth = head.weight.shape[1]
+    width = workspace_columns(4 * depth, head.cols, workspace_bytes) if needs.weight else head.cols
+    part = head.weight.new_empty(width, depth, dtype=torch.float32) if needs.weight else None
+    for first in range(0, head.cols, width):
+        last = min(first + width, head.cols)
+        triton_kernels.fused_grad_kernel[_grid(arguments, last - first)](
+            **arguments, first_col=first, last_col=last, order=order,
+            threshold=filter.eps * arguments["grad_logp"].abs().median() if filtered else None,
+            d_hidden=out.hidden, d_weight=part if part is None else part.zero_(),
+            d_bias=out.bias, d_lora_hidden=out.lora_hidden, d_lora_weight=out.lora_weight,
+        )  # fmt: skip
+        if d_weight is not None and part is not None:
+            at = slice(first, last) if order is None else order[first:last].long()
+            d_weight[at] = part[: last - first].to(d_weight.dtype)
+    return out._replace(weight=d_weight)
+
+
+def _column_order(rows: Rows, head: Head) -> Tensor:
+    """Columns by their mean logit over the rows: what is small for one row is small for many, so
+    sorted tiles are small as a whole. Before the softcap, which keeps the order."""
+    mean_D = rows.hidden.mean(0, dtype=torch.float32).to(head.weight.dtype)
+    mean_V = (head.weight[: head.cols] @ mean_D).float()
+    if head.bias is not None:
+        mean_V += head.bias[: head.cols]
+    return mean_V.argsort().int()
+
+
+def _grid(arguments: dict[str, Any], cols: int) -> tuple[int]:
+    return (
+        triton.cdiv(arguments["num_rows"], arguments["BN"]) * triton.cdiv(cols, arguments["BV"]),
+    )
 
 
 def _empty_grads(rows: Rows, head: Head, needs: Grads[bool]) -> Grads[Tensor | None]:
@@ -187,14 +260,14 @@ def _multiply(
         _add_product(out.lora_hidden, grad_MC, head.lora_weight[at])
 
 
-def workspace_columns(rows: int, cols: int, dtype: torch.dtype, workspace_bytes: int) -> int:
-    """Columns of dZ that exist at once: what fits, in steps of 256, at least MIN_COLUMNS."""
-    fitting = workspace_bytes // (rows * dtype.itemsize) // 256 * 256
+def workspace_columns(bytes_each: int, cols: int, workspace_bytes: int) -> int:
+    """Columns that are worked on at once: what fits, in steps of 256, at least MIN_COLUMNS."""
+    fitting = workspace_bytes // bytes_each // 256 * 256
     return min(max(fitting, MIN_COLUMNS), cols)
 
 
 def _arguments(rows: Rows, head: Head, transform: Transform, tiles: Tiles) -> dict[str, Any]:
-    """What both kernels take, by name."""
+    """What all kernels take, by name."""
     hidden, weight, softcap = _readable(rows.hidden), _readable(head.weight), transform.softcap
     lora_hidden, lora_weight, rank = rows.lora_hidden, head.lora_weight, 0
     if lora_hidden is not None and lora_weight is not None:

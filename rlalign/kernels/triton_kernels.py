@@ -1,22 +1,23 @@
 """The Triton kernels of `linear_logprob`: a tile of logits lives in registers, in fp32, and nowhere
 else.
 
-Both kernels compute tiles of z = c(factor * (h . w + b)) / T, [rows, columns] = [BN, BV], and
-differ in what they do with one. `partials_kernel` walks over its share of the vocabulary and keeps
+All kernels compute tiles of z = c(factor * (h . w + b)) / T, [rows, columns] = [BN, BV], and differ
+in what they do with one. `partials_kernel` walks over its share of the vocabulary and keeps
 running statistics of each row (the online softmax of Milakov and Gimelshein, arXiv:1805.02867):
 
     m' = max(m, max z),  S' = e^(m - m') S + sum e^(z - m'),
     U' = e^(m - m') (U + (m - m') S) + sum e^(z - m') (z - m')
 
 `grad_logits_kernel` turns one tile into dL/d(h . w + b) and stores it; the matrix products with it
-are left to the library.
+are left to the library. `fused_grad_kernel` multiplies it at once and adds the products to the
+gradients, unless the tile is too small to matter (arXiv:2411.09009).
 
 Tiles are read through tensor descriptors (TMA) or, with TMA false, through pointers. Grids have one
 dimension; row offsets are 64-bit. UPCAST is for the interpreter, which multiplies bfloat16 as if
 they were integers.
 """
 
-# pyright: reportOperatorIssue=false, reportOptionalOperand=false
+# pyright: reportOperatorIssue=false, reportOptionalOperand=false, reportArgumentType=false
 # (the types of Triton's language are those of its compiler, not of Python)
 from __future__ import annotations
 
@@ -29,11 +30,12 @@ LOWEST = tl.constexpr(-1e30)  # stands for -inf where a probability of 0 multipl
 
 @triton.jit
 def _dot_tile(
-    hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
+    hidden, weight, row0, col0, cols, num_rows, num_cols, width, stride_h, stride_w,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
     PROMOTE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """h . w in fp32; 0 beyond the last row and column.
+    """h . w in fp32; 0 beyond the last row and column. `cols` are the tile's rows of the head: from
+    `col0` on where they are read through a descriptor.
 
     Matrix units cut off low bits at each addition to their accumulator, so with PROMOTE > 0 it is
     emptied into a sum of its own every that many steps.
@@ -41,7 +43,7 @@ def _dot_tile(
     acc = tl.zeros([BN, BV], dtype=tl.float32)
     part = tl.zeros([BN, BV], dtype=tl.float32)
     rows = (row0 + tl.arange(0, BN)).to(tl.int64)
-    cols = (col0 + tl.arange(0, BV)).to(tl.int64)
+    cols = cols.to(tl.int64)
     depth = tl.arange(0, BD)
     for d in range(0, width, BD):
         if TMA:
@@ -70,13 +72,13 @@ def _dot_tile(
 
 @triton.jit
 def _add_lora_tile(
-    acc, lora_hidden, lora_weight, row0, col0, num_rows, num_cols, rank,
-    BN: tl.constexpr, BV: tl.constexpr, BR: tl.constexpr,
+    acc, lora_hidden, lora_weight, row0, cols, num_rows, num_cols, rank,
+    BN: tl.constexpr, BR: tl.constexpr,
     UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + (low-rank part of h) . (low-rank part of w): one more step of depth, BR >= rank."""
     rows = (row0 + tl.arange(0, BN)).to(tl.int64)
-    cols = (col0 + tl.arange(0, BV)).to(tl.int64)
+    cols = cols.to(tl.int64)
     depth = tl.arange(0, BR)
     h_ok = (rows[:, None] < num_rows) & (depth[None, :] < rank)
     w_ok = (cols[None, :] < num_cols) & (depth[:, None] < rank)
@@ -97,11 +99,24 @@ def _tanh(x, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def _transform(
-    dot, bias, cols, num_cols, factor, softcap, inv_temperature,
-    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr, INTERPRETED: tl.constexpr,
+def _logits_tile(
+    hidden, weight, bias, lora_hidden, lora_weight, row0, col0, cols, num_rows, num_cols,
+    width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    PROMOTE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    """z of a tile of dots, and with a softcap tanh(u / softcap); before any column is left out."""
+    """z [BN, BV], and with a softcap tanh(u / softcap); before any column is left out."""
+    dot = _dot_tile(
+        hidden, weight, row0, col0, cols, num_rows, num_cols, width, stride_h, stride_w,
+        BN, BV, BD, PROMOTE, TMA, UPCAST, PRECISION,
+    )  # fmt: skip
+    if BR > 0:
+        dot = _add_lora_tile(
+            dot, lora_hidden, lora_weight, row0, cols, num_rows, num_cols, rank,
+            BN, BR, UPCAST, PRECISION,
+        )  # fmt: skip
     u = dot
     if HAS_BIAS:
         u += tl.load(bias + cols, mask=cols < num_cols, other=0.0).to(tl.float32)[None, :]
@@ -157,19 +172,11 @@ def partials_kernel(
     u = tl.zeros([BN], dtype=tl.float32)
     chosen = tl.zeros([BN], dtype=tl.float32)
     for col0 in range(begin, end, BV):
-        dot = _dot_tile(
-            hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
-            BN, BV, BD, PROMOTE, TMA, UPCAST, PRECISION,
-        )  # fmt: skip
-        if BR > 0:
-            dot = _add_lora_tile(
-                dot, lora_hidden, lora_weight, row0, col0, num_rows, num_cols, rank,
-                BN, BV, BR, UPCAST, PRECISION,
-            )  # fmt: skip
         cols = col0 + tl.arange(0, BV)
-        z, _ = _transform(
-            dot, bias, cols, num_cols, factor, softcap, inv_temperature,
-            HAS_BIAS, SOFTCAP, INTERPRETED,
+        z, _ = _logits_tile(
+            hidden, weight, bias, lora_hidden, lora_weight, row0, col0, cols, num_rows, num_cols,
+            width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+            BN, BV, BD, BR, HAS_BIAS, SOFTCAP, PROMOTE, TMA, UPCAST, PRECISION, INTERPRETED,
         )  # fmt: skip
         if tl.max(((y >= col0) & (y < col0 + BV)).to(tl.int32), 0) > 0:
             chosen += tl.sum(tl.where(cols[None, :] == y[:, None], z, 0.0), 1)
@@ -182,6 +189,35 @@ def partials_kernel(
     tl.store(out + (line + 1) * num_rows + rows, s, mask=ok)
     tl.store(out + (line + 2) * num_rows + rows, u, mask=ok)
     tl.store(out + (line + 3) * num_rows + rows, chosen, mask=ok)
+
+
+@triton.jit
+def _grad_tile(
+    z, t, rows, cols, num_rows, target, lse, mean, grad_logp, grad_entropy, grad_lse, slope,
+    ENTROPY: tl.constexpr, LSE: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
+    """dL/d(h . w + b) of a tile, and how large dL/dz may be: inf at targets and where it is NaN."""
+    ok = rows < num_rows
+    y = tl.load(target + rows, mask=ok, other=-1)
+    g = tl.load(grad_logp + rows, mask=ok, other=0.0)
+    p = tl.exp(z - tl.load(lse + rows, mask=ok, other=0.0)[:, None])
+    weight_of_p = -g
+    most = tl.abs(g)
+    if LSE:
+        dl = tl.load(grad_lse + rows, mask=ok, other=0.0)
+        weight_of_p += dl
+        most += tl.abs(dl)
+    grad = p * weight_of_p[:, None]
+    if ENTROPY:
+        e = tl.load(grad_entropy + rows, mask=ok, other=0.0)
+        offset = z - tl.load(mean + rows, mask=ok, other=0.0)[:, None]
+        grad -= p * tl.maximum(offset, LOWEST) * e[:, None]
+    is_target = cols[None, :] == y[:, None]
+    grad = tl.where(is_target, grad + g[:, None], grad) * slope
+    if SOFTCAP:
+        grad *= 1 - t * t
+    most = p * most[:, None]
+    return grad, tl.where(is_target | (most != most), float("inf"), most)
 
 
 @triton.jit
@@ -206,34 +242,118 @@ def grad_logits_kernel(
     row0 = (first + within % size) * BN
     col0 = first_col + within // size * BV
 
-    dot = _dot_tile(
-        hidden, weight, row0, col0, num_rows, num_cols, width, stride_h, stride_w,
-        BN, BV, BD, PROMOTE, TMA, UPCAST, PRECISION,
-    )  # fmt: skip
-    if BR > 0:
-        dot = _add_lora_tile(
-            dot, lora_hidden, lora_weight, row0, col0, num_rows, num_cols, rank,
-            BN, BV, BR, UPCAST, PRECISION,
-        )  # fmt: skip
     rows = row0 + tl.arange(0, BN)
     cols = col0 + tl.arange(0, BV)
-    z, t = _transform(
-        dot, bias, cols, num_cols, factor, softcap, inv_temperature, HAS_BIAS, SOFTCAP, INTERPRETED
-    )
-    ok = rows < num_rows
-    y = tl.load(target + rows, mask=ok, other=-1)
-    g = tl.load(grad_logp + rows, mask=ok, other=0.0)
-    p = tl.exp(z - tl.load(lse + rows, mask=ok, other=0.0)[:, None])
-    weight_of_p = -g
-    if LSE:
-        weight_of_p += tl.load(grad_lse + rows, mask=ok, other=0.0)
-    grad = p * weight_of_p[:, None]
-    if ENTROPY:
-        e = tl.load(grad_entropy + rows, mask=ok, other=0.0)
-        offset = z - tl.load(mean + rows, mask=ok, other=0.0)[:, None]
-        grad -= p * tl.maximum(offset, LOWEST) * e[:, None]
-    grad = tl.where(cols[None, :] == y[:, None], grad + g[:, None], grad) * slope
-    if SOFTCAP:
-        grad *= 1 - t * t
+    z, t = _logits_tile(
+        hidden, weight, bias, lora_hidden, lora_weight, row0, col0, cols, num_rows, num_cols,
+        width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+        BN, BV, BD, BR, HAS_BIAS, SOFTCAP, PROMOTE, TMA, UPCAST, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    grad, _ = _grad_tile(
+        z, t, rows, cols, num_rows, target, lse, mean, grad_logp, grad_entropy, grad_lse, slope,
+        ENTROPY, LSE, SOFTCAP,
+    )  # fmt: skip
     at = out + rows.to(tl.int64)[:, None] * stride_out + (cols - first_col)[None, :]
-    tl.store(at, grad.to(out.dtype.element_ty), mask=ok[:, None] & (cols < last_col)[None, :])
+    ok = (rows < num_rows)[:, None] & (cols < last_col)[None, :]
+    tl.store(at, grad.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit
+def fused_grad_kernel(
+    hidden, weight, bias, lora_hidden, lora_weight, target,
+    lse, mean, grad_logp, grad_entropy, grad_lse, order, threshold,
+    d_hidden, d_weight, d_bias, d_lora_hidden, d_lora_weight,
+    num_rows, num_cols, width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+    slope, first_col, last_col,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr, BR: tl.constexpr,
+    ENTROPY: tl.constexpr, LSE: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTCAP: tl.constexpr,
+    FILTER_HIDDEN: tl.constexpr, FILTER_WEIGHT: tl.constexpr,
+    PROMOTE: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    """d_x += the part of it that columns [first_col, last_col) make, float32; each may be None.
+
+    `d_weight` has rows for these columns only. With `order` they are positions in it: columns, most
+    alike first. Where a tile of dL/dz is below `threshold`, what is filtered does without it.
+    """
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(num_rows, BN)
+    tiles = tl.cdiv(last_col - first_col, BV)
+    first = pid // (GROUP * tiles) * GROUP
+    size = min(blocks - first, GROUP)
+    within = pid % (GROUP * tiles)
+    row0 = (first + within % size) * BN
+    col0 = first_col + within // size * BV
+
+    rows = row0 + tl.arange(0, BN)
+    places = col0 + tl.arange(0, BV)
+    cols = places
+    if order is not None:
+        cols = tl.load(order + places, mask=places < last_col, other=num_cols)
+    z, t = _logits_tile(
+        hidden, weight, bias, lora_hidden, lora_weight, row0, col0, cols, num_rows, num_cols,
+        width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
+        BN, BV, BD, BR, HAS_BIAS, SOFTCAP, PROMOTE, TMA, UPCAST, PRECISION, INTERPRETED,
+    )  # fmt: skip
+    grad, most = _grad_tile(
+        z, t, rows, cols, num_rows, target, lse, mean, grad_logp, grad_entropy, grad_lse, slope,
+        ENTROPY, LSE, SOFTCAP,
+    )  # fmt: skip
+    ok = (rows < num_rows)[:, None] & (places < last_col)[None, :]
+    grad = tl.where(ok, grad, 0.0)
+    hidden_too = True
+    weight_too = True
+    if FILTER_HIDDEN or FILTER_WEIGHT:
+        matters = tl.max(tl.max(tl.where(ok, most, 0.0), 1), 0) >= tl.load(threshold)
+        if FILTER_HIDDEN:
+            hidden_too = matters
+        if FILTER_WEIGHT:
+            weight_too = matters
+    if hidden_too:
+        if d_hidden is not None:
+            _add_product(
+                grad, weight, d_hidden, col0, cols, num_cols, rows, num_rows, width, stride_w,
+                BD, TMA, UPCAST, PRECISION,
+            )  # fmt: skip
+        if d_lora_hidden is not None:
+            _add_product(
+                grad, lora_weight, d_lora_hidden, col0, cols, num_cols, rows, num_rows, rank, rank,
+                BR, False, UPCAST, PRECISION,
+            )  # fmt: skip
+    if weight_too:
+        if d_weight is not None:
+            _add_product(
+                grad.T, hidden, d_weight, row0, rows, num_rows, places - first_col,
+                last_col - first_col, width, stride_h, BD, TMA, UPCAST, PRECISION,
+            )  # fmt: skip
+        if d_lora_weight is not None:
+            _add_product(
+                grad.T, lora_hidden, d_lora_weight, row0, rows, num_rows, cols, num_cols,
+                rank, rank, BR, False, UPCAST, PRECISION,
+            )  # fmt: skip
+        if d_bias is not None:
+            tl.atomic_add(d_bias + cols, tl.sum(grad, 0), mask=places < last_col, sem="relaxed")
+
+
+@triton.jit
+def _add_product(
+    grad, factor, total, first, inner, num_inner, outer, num_outer, width, stride,
+    BD: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """total[outer] += grad [outer, inner] @ factor[inner], a [., width] matrix, by atomic
+    additions; `inner` are its rows from `first` on where it is read through a descriptor."""
+    inner_at = inner.to(tl.int64)[:, None] * stride
+    outer_at = outer.to(tl.int64)[:, None] * width
+    depth = tl.arange(0, BD)
+    for d in range(0, width, BD):
+        if TMA:
+            x = factor.load([first, d])
+        else:
+            ok = (inner < num_inner)[:, None] & (depth < width - d)[None, :]
+            x = tl.load(factor + inner_at + (depth + d)[None, :], mask=ok, other=0.0)
+        if UPCAST:
+            x = x.to(tl.float32)
+        product = tl.dot(grad.to(x.dtype), x, input_precision=PRECISION)
+        ok = (outer < num_outer)[:, None] & (depth < width - d)[None, :]
+        tl.atomic_add(total + outer_at + (depth + d)[None, :], product, mask=ok, sem="relaxed")

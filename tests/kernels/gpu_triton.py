@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlalign.kernels.linear_logprob import choose_backend
+from rlalign.kernels.arguments import choose_backend
 from tests.kernels.cases import draw, gradients, score
 
 pytestmark = pytest.mark.gpu

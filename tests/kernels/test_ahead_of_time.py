@@ -21,6 +21,7 @@ MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
 KERNELS = {
     "forward": triton_kernels.partials_kernel,
     "backward": triton_kernels.grad_logits_kernel,
+    "fused": triton_kernels.fused_grad_kernel,
 }
 TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -28,7 +29,7 @@ TYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 def source(kernel, tiles, dtype, **flags):
     """The kernel with the types and constants of a launch on aligned, large inputs."""
     name, options = TYPES[dtype], {"ENTROPY": True, "HAS_BIAS": False, "SOFTCAP": False} | flags
-    lora = options.pop("LORA", False)
+    lora, filtered = options.pop("LORA", False), options.pop("FILTERED", False)
     descriptor = "tensordesc<{}[{},{}]>"
     matrix = {
         "hidden": descriptor.format(name, tiles.rows, tiles.depth),
@@ -38,14 +39,19 @@ def source(kernel, tiles, dtype, **flags):
     types = pointers | (matrix if tiles.tma else {})
     types |= {"out": f"*{name}" if kernel is KERNELS["backward"] else "*fp32", "target": "*i64"}
     types |= {x: "*fp32" for x in ("lse", "mean", "grad_logp", "grad_entropy")}
+    gradients = [f"d_{x}" for x in pointers]
+    types |= {x: "*fp32" for x in ("threshold", *gradients)} | {"order": "*i32"}
     types |= {x: "fp32" for x in ("factor", "softcap", "inv_temperature", "slope")}
     constants = options | {
         "GROUP": tiles.group, "BN": tiles.rows, "BV": tiles.cols, "BD": tiles.depth, "SPLITS": 8,
         "BR": 16 if lora else 0, "PROMOTE": tiles.promote, "TMA": tiles.tma, "UPCAST": False,
         "LSE": False, "PRECISION": "ieee", "INTERPRETED": False, "grad_lse": None,
+        "FILTER_HIDDEN": filtered, "FILTER_WEIGHT": filtered,
     }  # fmt: skip
-    constants |= {} if options["HAS_BIAS"] else {"bias": None}
-    constants |= {} if lora else {"lora_hidden": None, "lora_weight": None}
+    absent = [] if filtered else ["order", "threshold"]
+    absent += [] if options["HAS_BIAS"] else ["bias", "d_bias"]
+    low_rank = ("lora_hidden", "lora_weight", "d_lora_hidden", "d_lora_weight")
+    constants |= dict.fromkeys(absent + ([] if lora else list(low_rank)))
     names = kernel.arg_names
     constants = {x: value for x, value in constants.items() if x in names}
     signature = {x: "constexpr" if x in constants else types.get(x, "i32") for x in names}
@@ -87,7 +93,7 @@ def shipped(capability: int, direction: str, half: bool = True):
     raise AssertionError(f"no table for {capability}")
 
 
-@pytest.mark.parametrize("direction", KERNELS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_shipped_tiles_fit_and_use_the_matrix_units(capability, direction, tmp_path):
     tiles = shipped(capability, direction)
@@ -96,6 +102,20 @@ def test_shipped_tiles_fit_and_use_the_matrix_units(capability, direction, tmp_p
     assert MATRIX_UNITS[capability] in compiled.asm["ptx"]
     assert ("cp.async.bulk.tensor" in compiled.asm["ptx"]) == tiles.tma
     assert spilled_bytes(compiled, tmp_path) == 0
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES)
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_fused_backward_fits_and_uses_the_matrix_units(capability, filtered, tmp_path):
+    tiles = shipped(capability, "fused")
+    tiles = tiles._replace(tma=tiles.tma and not filtered)
+    flags = {"ENTROPY": not filtered, "FILTERED": filtered}
+    compiled = build(KERNELS["fused"], capability, tiles, **flags)
+    assert compiled.metadata.shared <= SHARED_BYTES[capability]
+    assert MATRIX_UNITS[capability] in compiled.asm["ptx"]
+    width = "" if capability == 80 else "v4."  # four numbers in one addition, from Hopper on
+    assert f"red.global.gpu.relaxed.add.{width}f32" in compiled.asm["ptx"]
+    assert spilled_bytes(compiled, tmp_path) <= (8 if filtered else 0)
 
 
 @pytest.mark.parametrize("direction", KERNELS)
