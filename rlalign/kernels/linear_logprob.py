@@ -205,5 +205,10 @@ class LinearLogProb(nn.Module):
             bias=self.bias,
             temperature=temperature,
             return_entropy=return_entropy,
+            lora=self.low_rank(hidden),
             **self.options,
         )
+
+    def low_rank(self, hidden: Tensor) -> Lora | None:
+        """What an adapter adds to the head for `hidden` [..., D]; a subclass may have one."""
+        return None

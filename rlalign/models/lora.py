@@ -5,6 +5,7 @@ W' = W + (alpha / rank) B A        Hu et al. 2021, arXiv 2106.09685, section 4.1
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,6 +60,11 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
             layer._disable_adapters = False
 
 
+def active_adapters(layer: LoraLayer) -> list[str]:
+    """Those of the layer's adapters that PEFT applies in its forward pass."""
+    return [name for name in layer.active_adapters if name in layer.r]
+
+
 @torch.no_grad()
 def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters of `model` under the names it had before `attach_lora`, adapters merged, one
@@ -68,8 +74,9 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         if leaf == "weight":
             layer = model.get_submodule(layer_name)
             assert isinstance(layer, LoraLayer)
-            delta = layer.get_delta_weight(ADAPTER)  # type: ignore[operator]
-            merged = parameter.float() + delta.float()
+            merged = parameter.float()
+            for adapter in active_adapters(layer):
+                merged = merged + layer.get_delta_weight(adapter).float()  # type: ignore[operator]
             yield f"{layer_name}.weight", merged.to(parameter.dtype)
         elif leaf:
             yield f"{layer_name}.{leaf}", parameter.detach()
@@ -83,7 +90,11 @@ def save_weights(model: PreTrainedModel, path: Path) -> None:
     if not getattr(model, "_hf_peft_config_loaded", False):
         model.save_pretrained(path)
         return
-    model.save_pretrained(path / "adapter")
+    adapters = {name: value for name, value in model.state_dict().items() if ".lora_" in name}
+    with warnings.catch_warnings():
+        # PEFT would write the frozen matrix of a head that has an adapter; it is not given here.
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`")
+        model.save_pretrained(path / "adapter", state_dict=adapters)
     model._hf_peft_config_loaded = False  # else save_pretrained writes the adapters only
     try:
         model.save_pretrained(path, state_dict=dict(merged_weights(model)))

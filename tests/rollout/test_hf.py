@@ -121,13 +121,15 @@ def test_sliding_windows_shorter_than_the_row(load):
     assert worst_error(model.eval(), wanted, groups) < TOLERANCE
 
 
+LAYERS = ["q_proj", "v_proj", "gate_proj", "down_proj"]
+
+
+@pytest.mark.parametrize("targets", [LAYERS, [*LAYERS, "lm_head"], ["lm_head"]])
 @pytest.mark.parametrize("wrapped", [True, False])
-def test_lora_adapters_are_live(load, path, wrapped):
-    model, tokenizer = load()
+def test_lora_adapters_are_live(load, path, wrapped, targets):
+    model, tokenizer = load(tied="lm_head" not in targets)
     base = copy.deepcopy(model)
-    config = LoraConfig(
-        r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "gate_proj", "down_proj"]
-    )
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=targets)
     if wrapped:
         model = get_peft_model(model, config)
     else:

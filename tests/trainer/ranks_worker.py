@@ -1,7 +1,7 @@
 """One of two processes of test_ranks.py: trains at every ZeRO stage, leaves the results in files.
 
 `python ranks_worker.py FOLDER`. FOLDER/before holds checkpoints that one process wrote and
-FOLDER/model a random language model.
+FOLDER/model and FOLDER/untied random language models.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rlalign.config.schema import ModelConfig, TrainerConfig
+from rlalign.config.schema import LoraConfig, ModelConfig, TrainerConfig
 from rlalign.trainer import checkpoint
 from rlalign.trainer.deepspeed_engine import DeepSpeedEngine
 from rlalign.trainer.distributed import DistributedError, World, joined_world
@@ -45,6 +45,7 @@ CASES = {
     )
     for name, (stage, offload) in PLACES.items()
 }
+POLICIES = [*(("full", stage) for stage in range(4)), ("lora", 2), ("lora", 3)]
 MINE = {0: (slice(0, 2), slice(2, 5)), 1: (slice(5, 6), slice(6, 8))}  # uneven, two each
 
 
@@ -123,14 +124,27 @@ def policy_step(engine: TrainEngine, parts: Sequence[slice]) -> dict[str, torch.
     return {k: v for k, v in snapshot(engine).items() if k.startswith("exp_avg/")}
 
 
-def train_policy(stage: int, world: World, folder: Path) -> None:
-    policy = Policy.from_config(ModelConfig(path=str(folder / "model")))
+def make_policy(kind: str, folder: Path) -> Policy:
+    """All of a model with a tied head, or adapters on another one's head and elsewhere. Their rank
+    makes A and B so large that ZeRO-3 splits them; B starts at zero, which would hide A."""
+    if kind == "full":
+        return Policy.from_config(ModelConfig(path=str(folder / "model")))
+    lora = LoraConfig(rank=400, target_modules=r".*\.q_proj|lm_head")
+    policy = Policy.from_config(ModelConfig(path=str(folder / "untied"), lora=lora))
+    rng = torch.Generator().manual_seed(5)
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data = torch.randn(parameter.shape, generator=rng) * 0.02
+    return policy
+
+
+def train_policy(kind: str, stage: int, world: World, folder: Path) -> None:
     config = TrainerConfig(zero_stage=stage, optim=OPTIM)
-    engine = DeepSpeedEngine(policy, config, world=world)
+    engine = DeepSpeedEngine(make_policy(kind, folder), config, world=world)
     gradient = policy_step(engine, MINE[world.rank])
     engine.close()
     if world.is_main:
-        save_file(gradient, folder / f"policy-zero{stage}.safetensors")
+        save_file(gradient, folder / f"policy-{kind}-zero{stage}.safetensors")
 
 
 def exchange(world: World) -> dict:
@@ -158,8 +172,8 @@ def exchange(world: World) -> dict:
 def main(folder: Path) -> None:
     with joined_world("cpu", timeout_s=120.0) as world:
         report = {name: train_case(name, case, world, folder) for name, case in CASES.items()}
-        for stage in range(4):
-            train_policy(stage, world, folder)
+        for kind, stage in POLICIES:
+            train_policy(kind, stage, world, folder)
         report["exchange"] = exchange(world)
         (folder / f"rank{world.rank}.json").write_text(json.dumps(report))
 

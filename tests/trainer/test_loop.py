@@ -1,6 +1,7 @@
 """The whole loop on a small random model: engine and trainer agree at every step, the reward rises,
 and what each preset needs is there."""
 
+import importlib.util
 import json
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 import rlalign
 from rlalign import algos
 from rlalign.config import ConfigError
+from rlalign.models.errors import ModelError
+from rlalign.models.random import write_random_model
 from rlalign.rewards import RewardError
 from rlalign.rollout.hf import HFEngine
 from rlalign.trainer import build
@@ -18,6 +21,14 @@ from rlalign.trainer.loop import TrainingStopped, count_skipped
 from rlalign.trainer.publish import WeightSyncError
 from rlalign.trainer.update import UpdateResult
 from tests.support import ROOT, tiny_config
+
+VLLM = pytest.param(
+    "vllm",
+    marks=[
+        pytest.mark.xdist_group("vllm"),
+        pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vllm"),
+    ],
+)
 
 
 def rows_of(result) -> list[dict]:
@@ -77,6 +88,34 @@ def test_settings_that_change_the_path_through_the_trainer(overrides, tmp_path):
     overrides = ["trainer.max_steps=2", *overrides]
     rows = rows_of(rlalign.train(tiny_config(tmp_path, overrides), quiet=True))
     assert all(row["optim/grad_norm"] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("engine", ["hf", VLLM])
+def test_an_adapter_on_the_head_trains_and_is_sampled_from(engine, tmp_path):
+    """On the head alone: what the KL to the reference measures is that adapter and nothing else."""
+    model = write_random_model(
+        tmp_path / "untied", "qwen2", hidden=64, heads=2, kv_heads=1, max_positions=64, tied=False
+    )
+    overrides = [
+        f"model.path={model}",
+        f"rollout.engine={engine}",
+        "model.lora={rank: 4, target_modules: lm_head}",
+        "algo.beta=0.1",
+        "trainer.optim.learning_rate=0.1",
+        "rollout.logp_tolerance=1e-4",
+    ]
+    rows = rows_of(rlalign.train(tiny_config(tmp_path, overrides), quiet=True))
+    assert all(row["optim/grad_norm"] > 0 for row in rows)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-6)
+    assert rows[-1]["kl"] > 0.01
+    assert all(row["sampling/logp_diff/max"] <= 1e-4 for row in rows)
+
+
+def test_an_adapter_on_a_tied_head_is_refused_before_anything_is_written(tmp_path):
+    overrides = ["model.lora.rank=4", "model.lora.target_modules=lm_head"]
+    with pytest.raises(ModelError, match="tie_word_embeddings"):
+        rlalign.train(tiny_config(tmp_path, overrides), quiet=True)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_dynamic_sampling_keeps_only_groups_that_differ(tmp_path):

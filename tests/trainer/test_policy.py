@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.config.schema import KernelsConfig, LoraConfig, ModelConfig
@@ -18,6 +20,7 @@ from rlalign.types import TrainBatch
 from tests.kernels.watch import Watch
 
 VOCAB = 262
+ADAPTER_FILE = "adapter_model.safetensors"
 SHAPES = ((5, 9), (3, 0), (1, 14), (8, 2), (2, 9), (6, 5), (4, 1))  # prompt, completion
 
 
@@ -47,6 +50,17 @@ def batch(shapes=SHAPES, seed: int = 0, groups: bool = False) -> TrainBatch:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return write_random_model(tmp_path_factory.mktemp("models") / "qwen2", "qwen2", layers=3)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory) -> Path:
+    """The same with a head of its own, which an adapter may target."""
+    folder = tmp_path_factory.mktemp("models") / "untied"
+    return write_random_model(folder, "qwen2", layers=3, tied=False)
+
+
+WITH_HEAD = r".*\.\w+_proj|lm_head"
+TARGETS = pytest.mark.parametrize("targets", ["all-linear", WITH_HEAD], ids=["layers", "and head"])
 
 
 def build(folder, *, packing=True, with_reference=False, lora: LoraConfig | None = None, **fields):
@@ -168,9 +182,9 @@ def test_gradient_checkpointing_does_not_change_the_gradient(folder):
 
 
 @pytest.mark.parametrize("shapes", [(), ((3, 0), (2, 0))], ids=["no rows", "no completion tokens"])
-@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)], ids=["full", "lora"])
-def test_an_empty_batch_gives_every_trainable_parameter_a_zero_gradient(folder, shapes, lora):
-    policy = build(folder, lora=lora)
+@pytest.mark.parametrize("targets", [None, "all-linear", WITH_HEAD], ids=["full", "lora", "head"])
+def test_an_empty_batch_gives_every_trainable_parameter_a_zero_gradient(untied, shapes, targets):
+    policy = build(untied, lora=LoraConfig(rank=2, target_modules=targets) if targets else None)
     rows = batch(shapes)
     out = policy(rows, 1.0, entropy=True)
     assert out.logp_BT.shape == out.entropy_BT.shape == rows.mask_BT.shape
@@ -255,8 +269,9 @@ def test_the_reference_is_not_among_the_parameters(folder):
     assert [n for n, _ in with_it.named_parameters()] == [n for n, _ in without.named_parameters()]
 
 
-def trained_lora(folder, **fields) -> Policy:
-    policy = build(folder, lora=LoraConfig(rank=4, alpha=8.0), with_reference=True, **fields)
+def trained_lora(folder, targets: str = "all-linear", **fields) -> Policy:
+    lora = LoraConfig(rank=4, alpha=8.0, target_modules=targets)
+    policy = build(folder, lora=lora, with_reference=True, **fields)
     rng = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, parameter in policy.named_parameters():
@@ -265,34 +280,53 @@ def trained_lora(folder, **fields) -> Policy:
     return policy
 
 
-def test_lora_trains_adapters_only_and_its_reference_is_the_base(folder):
-    policy, rows = trained_lora(folder), batch()
-    base = build(folder)(rows).logp_BT
+@TARGETS
+def test_lora_trains_adapters_only_and_its_reference_is_the_base(untied, targets):
+    policy, rows = trained_lora(untied, targets), batch()
+    base = build(untied)(rows).logp_BT
     assert all("lora_" in n for n, p in policy.named_parameters() if p.requires_grad)
     torch.testing.assert_close(policy.reference_logp(rows), base.detach(), atol=1e-6, rtol=0)
     assert (policy(rows).logp_BT - base).abs().max() > 0.01
     assert [p.requires_grad for n, p in policy.named_parameters() if "lora_" in n].count(False) == 0
 
 
+@TARGETS
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_gradient_of_adapters_does_not_depend_on_splits(folder, checkpointing):
-    policy, rows = trained_lora(folder, gradient_checkpointing=checkpointing), batch()
+def test_the_gradient_of_adapters_does_not_depend_on_splits(untied, checkpointing, targets):
+    policy, rows = trained_lora(untied, targets, gradient_checkpointing=checkpointing), batch()
     whole = gradient(policy, [rows])
     parts = gradient(policy, [rows.rows([5, 0, 1]), rows.rows([6, 2, 3, 4])])
     assert relative(parts, whole) <= 1e-6
 
 
-def test_a_fresh_adapter_changes_nothing(folder):
+@TARGETS
+def test_the_gradient_of_adapters_equals_the_models_own(untied, targets):
+    """With the adapter on the head alone too, where no layer below it has a gradient."""
+    for chosen in (targets, "lm_head"):
+        policy, rows = trained_lora(untied, chosen), batch()
+        found = gradient(policy, [rows])
+        policy.zero_grad()
+        logp_BT, entropy_BT = reference(policy.model, rows, 0.9)
+        (rows.weight_BT * (logp_BT + 0.3 * entropy_BT)).sum().backward()
+        trained = [p.grad for p in policy.parameters() if p.requires_grad]
+        assert all(grad.any() for grad in trained)
+        assert relative(found, torch.cat([grad.flatten() for grad in trained])) <= 5e-6
+
+
+@TARGETS
+def test_a_fresh_adapter_changes_nothing(untied, targets):
     rows = batch()
-    fresh = build(folder, lora=LoraConfig(rank=4))(rows).logp_BT
-    torch.testing.assert_close(fresh, build(folder)(rows).logp_BT, atol=0, rtol=0)
+    fresh = build(untied, lora=LoraConfig(rank=4, target_modules=targets))(rows).logp_BT
+    torch.testing.assert_close(fresh, build(untied)(rows).logp_BT, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("adapters", [True, False])
+@pytest.mark.parametrize(
+    "tied, adapters",
+    [(True, ""), (False, ""), (True, "all-linear"), (False, "all-linear"), (False, WITH_HEAD)],
+)
 def test_rollout_weights_and_saved_folder_load_into_a_plain_model(tmp_path, tied, adapters):
     folder = write_random_model(tmp_path / "m", "qwen2", tied=tied)
-    policy, rows = trained_lora(folder) if adapters else build(folder), batch()
+    policy, rows = trained_lora(folder, adapters) if adapters else build(folder), batch()
     with torch.no_grad():
         expected = policy(rows).logp_BT
     plain = own_model(folder)
@@ -307,6 +341,7 @@ def test_rollout_weights_and_saved_folder_load_into_a_plain_model(tmp_path, tied
     saved = own_model(tmp_path / "saved")
     torch.testing.assert_close(reference(saved, rows, 1.0)[0].float(), expected, atol=3e-5, rtol=0)
     if adapters:
+        assert all("lora_" in name for name in load_file(tmp_path / "saved/adapter" / ADAPTER_FILE))
         both = PeftModel.from_pretrained(own_model(folder), str(tmp_path / "saved/adapter"))
         torch.testing.assert_close(
             reference(both, rows, 1.0)[0].float(), expected, atol=3e-5, rtol=0
@@ -320,9 +355,9 @@ def test_adapters_on_layers_that_do_not_exist_are_an_error(folder):
         build(folder, lora=LoraConfig(rank=2, target_modules="nothing_like_this"))
 
 
-def test_adapters_on_the_head_are_an_error(folder):
-    with pytest.raises(ModelError, match=r"leave it out of model\.lora\.target_modules"):
-        build(folder, lora=LoraConfig(rank=2, target_modules=".*(q_proj|lm_head)"))
+def test_adapters_on_a_tied_head_are_an_error(folder):
+    with pytest.raises(ModelError, match=r"tie_word_embeddings.*model\.lora\.target_modules"):
+        build(folder, lora=LoraConfig(rank=2, target_modules=WITH_HEAD))
 
 
 def test_the_forward_pass_is_not_random(tmp_path):
@@ -337,9 +372,10 @@ def test_a_completion_without_a_prompt_is_refused(folder):
         build(folder)(batch(((0, 4),)))
 
 
-def test_bfloat16_weights_give_float32_log_probs(folder):
-    rows = batch()
-    out = build(folder, dtype="bfloat16")(rows).logp_BT
-    exact = build(folder)(rows).logp_BT
+@pytest.mark.parametrize("targets", [None, WITH_HEAD], ids=["full", "head"])
+def test_bfloat16_weights_give_float32_log_probs(untied, targets):
+    rows, make = batch(), partial(trained_lora, targets=targets) if targets else build
+    out = make(untied, dtype="bfloat16")(rows).logp_BT
+    exact = make(untied)(rows).logp_BT
     assert out.dtype == torch.float32
     assert (out - exact).abs().mean() < 0.1

@@ -7,11 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlalign.config.schema import ModelConfig
 from rlalign.models.random import write_random_model
 from rlalign.trainer import checkpoint
 from rlalign.trainer.engine import TorchEngine
-from rlalign.trainer.policy import Policy
 from tests.trainer.engine_conformance import (
     OPTIM,
     Net,
@@ -21,7 +19,15 @@ from tests.trainer.engine_conformance import (
     snapshot,
 )
 from tests.trainer.ranks import run_ranks
-from tests.trainer.ranks_worker import CASES, DTYPES, MINE, policy_step, save_model
+from tests.trainer.ranks_worker import (
+    CASES,
+    DTYPES,
+    MINE,
+    POLICIES,
+    make_policy,
+    policy_step,
+    save_model,
+)
 
 
 def take_step(engine: TorchEngine, step: int) -> None:
@@ -42,7 +48,8 @@ def folder(tmp_path_factory) -> Path:
         checkpoint.save(
             folder / "before" / name, 1, engine=engine, state={}, save_model=save_model, keep=1
         )
-    write_random_model(folder / "model", "qwen2", hidden=512, layers=1)  # ZeRO-3 splits its head
+    for name in ("model", "untied"):  # wide enough for ZeRO-3 to split the head
+        write_random_model(folder / name, "qwen2", hidden=512, layers=1, tied=name == "model")
     run_ranks(Path(__file__).with_name("ranks_worker.py"), str(folder))
     return folder
 
@@ -69,12 +76,13 @@ def test_same_gradient_as_one_process(folder, name):
         assert error <= 1e-5, (key, float(error))
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_same_policy_gradient_as_one_process(folder, stage):
-    """The policy itself: packed forward, log-probs from hidden states, tied head."""
-    policy = Policy.from_config(ModelConfig(path=str(folder / "model")))
-    expected = policy_step(TorchEngine(policy, OPTIM), [slice(0, 8)])
-    found = load_file(folder / f"policy-zero{stage}.safetensors")
+@pytest.mark.parametrize("kind, stage", POLICIES)
+def test_same_policy_gradient_as_one_process(folder, kind, stage):
+    """The policy itself: packed forward, log-probs from hidden states, a tied head or adapters."""
+    engine = TorchEngine(make_policy(kind, folder), OPTIM)
+    expected = policy_step(engine, [slice(0, 8)])
+    found = load_file(folder / f"policy-{kind}-zero{stage}.safetensors")
+    assert all(gradient.any() for gradient in found.values())
     assert found.keys() == expected.keys()
     difference = sum(float((found[k] - expected[k]).square().sum()) for k in found)
     size = sum(float(expected[k].square().sum()) for k in found)
