@@ -13,7 +13,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-SUITES = ("test_linear_logprob.py", "test_head_parts.py", "interpreted_triton.py")
+SUITES = (
+    "test_linear_logprob.py",
+    "test_head_parts.py",
+    "test_peer_defects.py",
+    "interpreted_triton.py",
+)
 
 
 @pytest.mark.parametrize("suite", SUITES)

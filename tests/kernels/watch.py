@@ -1,4 +1,4 @@
-"""Watching which tensors a computation makes."""
+"""Watching which tensors a computation makes, and what its host waits for."""
 
 from __future__ import annotations
 
@@ -33,3 +33,25 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.seen(tensor)
         return out
+
+
+class Waits(Watch):
+    """Notes the operators for whose result the host has to wait. Within an operator of ours torch
+    shows `item` and the like; elsewhere what they are made of."""
+
+    NAMES = (
+        "_local_scalar_dense", "item", "is_nonzero", "nonzero", "nonzero_numpy", "argwhere",
+        "masked_select", "equal", "allclose", "_unique2", "unique_dim", "repeat_interleave",
+    )  # fmt: skip
+
+    def __init__(self):
+        super().__init__(lambda tensor: None)
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name.startswith("index") and isinstance(args[1], list) else []
+        masks = any(x is not None and x.dtype == torch.bool for x in indices)
+        if name in self.NAMES or masks:
+            self.found.append(name)
+        return super().__torch_dispatch__(func, types, args, kwargs)
