@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlalign.kernels.transform import Filter
+from rlalign.kernels.transform import Backward
 
 if TYPE_CHECKING:
     from rlalign.kernels.linear_logprob import Lora, VocabParallel
@@ -20,7 +20,6 @@ BACKENDS = ("auto", "triton", "torch", "eager")
 BACKWARDS = ("auto", "workspace", "fused")
 BACKEND_VARIABLE = "RLALIGN_KERNEL_BACKEND"
 WORKSPACE_VARIABLE = "RLALIGN_KERNEL_WORKSPACE_MIB"
-FILTERED_PART = 32  # of the dtype's precision
 
 
 def choose_backend(name: str, *operands: Tensor) -> str:
@@ -49,44 +48,42 @@ def _triton_problem(hidden: Tensor, *others: Tensor) -> str:
     return ""
 
 
-def choose_filter(
-    eps: float | None, hidden_grad: bool, weight_grad: bool, hidden: Tensor, entropy_grad: bool
-) -> Filter:
-    """What the backward pass may leave out. Raises ValueError where that cannot be."""
-    if not (hidden_grad or weight_grad):
-        if eps is not None:
-            raise ValueError("filter_eps needs filter_hidden_grad=True or filter_weight_grad=True")
-        return Filter()
-    if entropy_grad:
-        raise ValueError(
-            "gradient filtering is biased for entropy gradients; set filter_hidden_grad=False and "
-            "filter_weight_grad=False, or entropy_grad=False"
-        )
-    eps = torch.finfo(hidden.dtype).eps / FILTERED_PART if eps is None else eps
-    if not (math.isfinite(eps) and eps >= 0):
-        raise ValueError(f"filter_eps must be finite and >= 0, not {eps}")
-    return Filter(eps, hidden_grad, weight_grad)
-
-
-def choose_fused(name: str, backend: str, filter: Filter, deterministic: bool | None) -> bool:
-    """Whether the backward pass that `name` stands for is the fused one. Raises ValueError where it
-    cannot run."""
+def choose_backward(
+    name: str,
+    backend: str,
+    filter_eps: float | None,
+    filter_hidden_grad: bool,
+    filter_weight_grad: bool,
+    default_eps: float,
+    entropy_grad: bool,
+    deterministic: bool | None,
+) -> Backward:
+    """The backward pass that `name` stands for. Raises ValueError for an unknown one, and where it
+    cannot do what is asked of it."""
     if name not in BACKWARDS:
         raise ValueError(f"unknown backward {name!r}; choose one of {', '.join(BACKWARDS)}")
-    filtered = filter.hidden or filter.weight
-    if name == "workspace" and filtered:
+    filtered = filter_hidden_grad or filter_weight_grad
+    if filter_eps is not None and not filtered:
+        raise ValueError("filter_eps needs filter_hidden_grad=True or filter_weight_grad=True")
+    if filter_eps is not None and not (math.isfinite(filter_eps) and filter_eps >= 0):
+        raise ValueError(f"filter_eps must be finite and >= 0, not {filter_eps}")
+    if filtered and entropy_grad:
+        raise ValueError(
+            "gradient filtering is biased for entropy gradients; leave filter_eps, "
+            "filter_hidden_grad and filter_weight_grad unset, or pass entropy_grad=False"
+        )
+    if filtered and name == "workspace":
         raise ValueError("backward 'workspace' leaves no gradient out; use 'fused' or 'auto'")
     if name != "fused" and not filtered:
-        return False
+        return Backward()
     if backend != "triton":
-        raise ValueError(
-            f"a fused or filtered backward needs backend 'triton', this is {backend!r}"
-        )
+        raise ValueError(f"a fused or filtered backward needs backend 'triton', not {backend!r}")
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     if deterministic:
         raise ValueError("a fused or filtered backward adds in any order; it is not deterministic")
-    return True
+    eps = default_eps if filter_eps is None else filter_eps
+    return Backward(True, eps if filtered else 0.0, filter_hidden_grad, filter_weight_grad)
 
 
 def total_rows(given: int | None, shard: VocabParallel, parallel: VocabParallel | None) -> int:
@@ -120,13 +117,16 @@ def check_targets(target: Tensor, ignore_index: int, vocab_size: int) -> None:
         )
 
 
-def check_shapes(
+def check(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
     lora: Lora | None,
     shard: VocabParallel,
+    temperature: float,
+    softcap: float | None,
+    chunk_size: int | None,
 ) -> None:
     if hasattr(weight, "full_tensor"):
         raise TypeError("weight is a DTensor; pass weight.full_tensor(), or VocabParallel(...)")
@@ -158,9 +158,6 @@ def check_shapes(
             )
     if shard.stop - shard.start != len(weight):
         raise ValueError(f"vocab shard [{shard.start},{shard.stop}) has {len(weight)} rows")
-
-
-def check_numbers(temperature: float, softcap: float | None, chunk_size: int | None) -> None:
     if not (math.isfinite(temperature) and temperature > 0):
         raise ValueError(f"temperature must be finite and > 0, not {temperature}")
     if softcap is not None and not softcap > 0:

@@ -27,6 +27,7 @@ from rlalign.kernels import arguments, eager, op
 from rlalign.kernels.transform import Transform
 
 IGNORE_INDEX = -100
+FILTERED_PART = 32  # of a dtype's precision, as in arXiv:2411.09009
 
 
 class LinearLogProbOutput(NamedTuple):
@@ -65,32 +66,17 @@ class Lora(NamedTuple):
 
 
 def linear_logprob(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    *,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    ignore_index: int = IGNORE_INDEX,
-    return_entropy: bool = False,
-    entropy_grad: bool = True,
-    return_lse: bool = False,
-    vocab_size: int | None = None,
-    vocab_parallel: VocabParallel | None = None,
-    lora: Lora | None = None,
-    backend: str = "auto",
-    backward: str = "auto",
-    chunk_size: int | None = None,
-    workspace_mib: int | None = None,
-    filter_eps: float | None = None,
-    filter_hidden_grad: bool = False,
-    filter_weight_grad: bool = False,
-    batch_invariant: bool = False,
-    deterministic: bool | None = None,
-    validate: bool = False,
-) -> LinearLogProbOutput:
+    hidden: Tensor, weight: Tensor, target: Tensor, *,
+    bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
+    softcap: float | None = None, ignore_index: int = IGNORE_INDEX,
+    return_entropy: bool = False, entropy_grad: bool = True, return_lse: bool = False,
+    vocab_size: int | None = None, vocab_parallel: VocabParallel | None = None,
+    lora: Lora | None = None, backend: str = "auto", backward: str = "auto",
+    chunk_size: int | None = None, workspace_mib: int | None = None,
+    filter_eps: float | None = None, filter_hidden_grad: bool = False,
+    filter_weight_grad: bool = False, batch_invariant: bool = False,
+    deterministic: bool | None = None, validate: bool = False,
+) -> LinearLogProbOutput:  # fmt: skip
     """Log-prob of `target` [...] (int64) under softmax of the head's logits for `hidden` [..., D].
 
     `weight` [V, D], `bias` [V]. `temperature` > 0 divides the logits last. Outputs are float32
@@ -101,10 +87,9 @@ def linear_logprob(
     `backend` is `triton` (GPUs), `torch` (tiles of logits, anywhere), `eager` (materialises all
     logits: the reference) or `auto`: what $RLALIGN_KERNEL_BACKEND says, else Triton on a GPU.
     `chunk_size` is the number of rows of a tile of logits in the torch backend (unset: about as
-    many as columns, 1024 on a CPU).
-    `workspace_mib` ($RLALIGN_KERNEL_WORKSPACE_MIB, else 256) bounds what the Triton backend holds
-    of [N, V] or [V, D] at once, down to 1024 columns. `batch_invariant`: a row's result does not
-    depend on the other rows, to the last bit (Triton).
+    many as columns, 1024 on a CPU). `workspace_mib` ($RLALIGN_KERNEL_WORKSPACE_MIB, else 256)
+    bounds what the Triton backend holds of [N, V] or [V, D] at once, down to 1024 columns.
+    `batch_invariant`: a row's result does not depend on the other rows, to the last bit (Triton).
 
     `backward` (Triton) is `workspace` or `fused`: no part of dL/dz is stored, and the sums are made
     by atomic additions. It may leave out tiles of small gradients, which biases them: where
@@ -118,34 +103,25 @@ def linear_logprob(
     """
     shard = vocab_parallel or VocabParallel(0, len(weight))
     total = arguments.total_rows(vocab_size, shard, vocab_parallel)
-    arguments.check_shapes(hidden, weight, target, bias, lora, shard)
-    arguments.check_numbers(temperature, softcap, chunk_size)
+    arguments.check(hidden, weight, target, bias, lora, shard, temperature, softcap, chunk_size)
     if validate:
         arguments.check_targets(target, ignore_index, total)
     chosen = arguments.choose_backend(backend, hidden, weight, *(lora or ()))
-    left_out = arguments.choose_filter(
-        filter_eps, filter_hidden_grad, filter_weight_grad, hidden, return_entropy and entropy_grad
-    )
+    how = arguments.choose_backward(
+        backward, chosen, filter_eps, filter_hidden_grad, filter_weight_grad,
+        torch.finfo(hidden.dtype).eps / FILTERED_PART, return_entropy and entropy_grad,
+        deterministic,
+    )  # fmt: skip
     options = op.Options(
-        *Transform.of(temperature, logit_scale, softcap),
-        backend=chosen,
-        ignore_index=ignore_index,
-        entropy=return_entropy,
-        first_row=shard.start,
-        vocab_size=total,
+        *Transform.of(temperature, logit_scale, softcap), backend=chosen,
+        ignore_index=ignore_index, entropy=return_entropy, first_row=shard.start,
+        vocab_size=total, reduce_hidden_grad=shard.reduce_hidden_grad,
         group="" if vocab_parallel is None else arguments.group_name(shard.group),
-        reduce_hidden_grad=shard.reduce_hidden_grad,
-        chunk_size=chunk_size or 0,
-        workspace_bytes=arguments.choose_workspace_mib(workspace_mib) * 2**20,
-        batch_invariant=batch_invariant,
-        fused=arguments.choose_fused(backward, chosen, left_out, deterministic),
-        filter_eps=left_out.eps,
-        filter_hidden_grad=left_out.hidden,
-        filter_weight_grad=left_out.weight,
-    )
+        chunk_size=chunk_size or 0, batch_invariant=batch_invariant,
+        workspace_bytes=arguments.choose_workspace_mib(workspace_mib) * 2**20, **how._asdict(),
+    )  # fmt: skip
     logp, entropy, lse = _run(hidden, weight, bias, lora, target, options)
-    if not entropy_grad:
-        entropy = entropy.detach()
+    entropy = entropy if entropy_grad else entropy.detach()
     return LinearLogProbOutput(
         logp, entropy if return_entropy else None, lse if return_lse else None
     )

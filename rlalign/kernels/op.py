@@ -22,7 +22,7 @@ from torch import Tensor
 from rlalign.kernels import torch_backend
 from rlalign.kernels.partials import Partials, finish, merge
 from rlalign.kernels.transform import (
-    Filter,
+    Backward,
     Grads,
     Head,
     Rows,
@@ -48,7 +48,7 @@ class Options(NamedTuple):
     chunk_size: int  # torch backend; 0: its own choice
     workspace_bytes: int  # triton backend, as all that follow
     batch_invariant: bool
-    fused: bool
+    fused: bool  # see Backward
     filter_eps: float
     filter_hidden_grad: bool
     filter_weight_grad: bool
@@ -58,8 +58,10 @@ class Options(NamedTuple):
         return Transform(self.factor, self.softcap, self.temperature)
 
     @property
-    def filter(self) -> Filter:
-        return Filter(self.filter_eps, self.filter_hidden_grad, self.filter_weight_grad)
+    def how(self) -> Backward:
+        return Backward(
+            self.fused, self.filter_eps, self.filter_hidden_grad, self.filter_weight_grad
+        )
 
 
 def run(
@@ -150,8 +152,7 @@ def backward(
         wanted,
         chunk_size=opt.chunk_size,
         workspace_bytes=opt.workspace_bytes,
-        fused=opt.fused,
-        filter=opt.filter,
+        how=opt.how,
     )
     return _finished(grads, (hidden, weight, bias, lora_hidden, lora_weight), at, opt)
 

@@ -59,13 +59,19 @@ class Upstream(NamedTuple):
     lse: Tensor | None
 
 
-class Filter(NamedTuple):
-    """Which small gradients the fused backward leaves out: tiles of dL/dz whose every entry is
-    below `eps` times the median of |dL/dlogp|, of the hidden states and of the head."""
+class Backward(NamedTuple):
+    """How the gradients are made (Triton): through a workspace, or `fused`, which may leave out
+    tiles of dL/dz whose every entry is below `filter_eps` times the median of |dL/dlogp|, from the
+    gradient of the hidden states, of the head, or of both."""
 
-    eps: float = 0.0
-    hidden: bool = False
-    weight: bool = False
+    fused: bool = False
+    filter_eps: float = 0.0
+    filter_hidden_grad: bool = False
+    filter_weight_grad: bool = False
+
+    @property
+    def filtered(self) -> bool:
+        return self.filter_hidden_grad or self.filter_weight_grad
 
 
 class Grads(NamedTuple, Generic[T]):

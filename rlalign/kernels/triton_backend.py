@@ -24,7 +24,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign.kernels import triton_kernels
 from rlalign.kernels.partials import Partials, merge
-from rlalign.kernels.transform import Filter, Grads, Head, Rows, Transform, Upstream
+from rlalign.kernels.transform import Backward, Grads, Head, Rows, Transform, Upstream
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it decorates
 MIN_COLUMNS = 1024  # of the workspace
@@ -76,7 +76,6 @@ TABLES: list[tuple[int, TileTable, TileTable]] = [
         TileTable(Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
     ),
 ]
-NO_FILTER = Filter()
 INTERPRETER_TILES = Tiles(128, 512, 256, 4, 1)
 
 
@@ -128,8 +127,7 @@ def gradients(
     needs: Grads[bool],
     *,
     workspace_bytes: int,
-    fused: bool = False,
-    filter: Filter = NO_FILTER,
+    how: Backward,
     **_: Any,
 ) -> Grads[Tensor | None]:
     """Gradients of what is per row and of the bias in float32, those of weights in their dtype
@@ -137,16 +135,16 @@ def gradients(
     if not len(rows.target) or not head.cols:
         return Grads(*(x if x is None else x.zero_() for x in _empty_grads(rows, head, needs)))
     table = tiles_of(rows.hidden)
-    tiles = table.fused if fused else table.backward
-    if filter.hidden or filter.weight:  # sorted columns, which no descriptor reads
+    tiles = table.fused if how.fused else table.backward
+    if how.filtered:  # sorted columns, which no descriptor reads
         tiles = tiles._replace(tma=False)
     arguments = _arguments(rows, head, transform, tiles) | {
         "lse": lse_M, "mean": mean_M, "grad_logp": upstream.logp,
         "grad_entropy": upstream.entropy, "grad_lse": upstream.lse, "slope": transform.slope,
         "ENTROPY": upstream.entropy is not None, "LSE": upstream.lse is not None,
     }  # fmt: skip
-    if fused:
-        return _fused(rows, head, needs, arguments, workspace_bytes, filter)
+    if how.fused:
+        return _fused(rows, head, needs, arguments, workspace_bytes, how)
     return _through_workspace(rows, head, needs, arguments, workspace_bytes)
 
 
@@ -172,7 +170,7 @@ def _fused(
     needs: Grads[bool],
     arguments: dict[str, Any],
     workspace_bytes: int,
-    filter: Filter,
+    how: Backward,
 ) -> Grads[Tensor | None]:
     """Sums in float32 by atomic additions, in the order of the day."""
     out = Grads(
@@ -184,9 +182,14 @@ def _fused(
             )
         )
     )  # fmt: skip
-    filtered = filter.hidden or filter.weight
-    order = _column_order(rows, head) if filtered else None
-    arguments = arguments | {"FILTER_HIDDEN": filter.hidden, "FILTER_WEIGHT": filter.weight}
+    order = _column_order(rows, head) if how.filtered else None
+    median = arguments["grad_logp"].abs().median() if how.filtered else None
+    arguments = arguments | {
+        "order": order, "threshold": None if median is None else how.filter_eps * median,
+        "FILTER_HIDDEN": how.filter_hidden_grad, "FILTER_WEIGHT": how.filter_weight_grad,
+        "d_hidden": out.hidden, "d_bias": out.bias, "d_lora_hidden": out.lora_hidden,
+        "d_lora_weight": out.lora_weight,
+    }  # fmt: skip
     d_weight = torch.zeros_like(head.weight) if needs.weight else None
     depth = head.weight.shape[1]
     width = workspace_columns(4 * depth, head.cols, workspace_bytes) if needs.weight else head.cols
@@ -194,11 +197,11 @@ def _fused(
     for first in range(0, head.cols, width):
         last = min(first + width, head.cols)
         triton_kernels.fused_grad_kernel[_grid(arguments, last - first)](
-            **arguments, first_col=first, last_col=last, order=order,
-            threshold=filter.eps * arguments["grad_logp"].abs().median() if filtered else None,
-            d_hidden=out.hidden, d_weight=part if part is None else part.zero_(),
-            d_bias=out.bias, d_lora_hidden=out.lora_hidden, d_lora_weight=out.lora_weight,
-        )  # fmt: skip
+            **arguments,
+            first_col=first,
+            last_col=last,
+            d_weight=part if part is None else part.zero_(),
+        )
         if d_weight is not None and part is not None:
             at = slice(first, last) if order is None else order[first:last].long()
             d_weight[at] = part[: last - first].to(d_weight.dtype)

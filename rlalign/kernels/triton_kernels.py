@@ -143,6 +143,17 @@ def _take_in(z, m, s, u, ENTROPY: tl.constexpr):
 
 
 @triton.jit
+def _place(blocks, parts, GROUP: tl.constexpr):
+    """The block of rows and the part of the columns of this program. Programs that run together
+    share few rows and few columns: GROUP blocks of rows, all parts."""
+    pid = tl.program_id(0)
+    first = pid // (GROUP * parts) * GROUP
+    size = min(blocks - first, GROUP)
+    within = pid % (GROUP * parts)
+    return first + within % size, within // size
+
+
+@triton.jit
 def partials_kernel(
     hidden, weight, bias, lora_hidden, lora_weight, target, out,
     num_rows, num_cols, width, rank, stride_h, stride_w, factor, softcap, inv_temperature,
@@ -153,14 +164,8 @@ def partials_kernel(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out[split, :, row] = m, S, U and the target's logit (0 where it lies elsewhere)."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(num_rows, BN)
-    # Programs that run together share few rows and few columns: GROUP row blocks, all splits.
-    first = pid // (GROUP * SPLITS) * GROUP
-    size = min(blocks - first, GROUP)
-    within = pid % (GROUP * SPLITS)
-    row0 = (first + within % size) * BN
-    split = within // size
+    block, split = _place(tl.cdiv(num_rows, BN), SPLITS, GROUP)
+    row0 = block * BN
     tiles = tl.cdiv(tl.cdiv(num_cols, BV), SPLITS)
     begin = split * tiles * BV
     end = min(begin + tiles * BV, num_cols)
@@ -233,15 +238,8 @@ def grad_logits_kernel(
     INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     """out[row, v - first_col] = slope * dL/dz of columns [first_col, last_col), in out's dtype."""
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(num_rows, BN)
-    tiles = tl.cdiv(last_col - first_col, BV)
-    first = pid // (GROUP * tiles) * GROUP
-    size = min(blocks - first, GROUP)
-    within = pid % (GROUP * tiles)
-    row0 = (first + within % size) * BN
-    col0 = first_col + within // size * BV
-
+    block, tile = _place(tl.cdiv(num_rows, BN), tl.cdiv(last_col - first_col, BV), GROUP)
+    row0, col0 = block * BN, first_col + tile * BV
     rows = row0 + tl.arange(0, BN)
     cols = col0 + tl.arange(0, BV)
     z, t = _logits_tile(
@@ -277,15 +275,8 @@ def fused_grad_kernel(
     `d_weight` has rows for these columns only. With `order` they are positions in it: columns, most
     alike first. Where a tile of dL/dz is below `threshold`, what is filtered does without it.
     """
-    pid = tl.program_id(0)
-    blocks = tl.cdiv(num_rows, BN)
-    tiles = tl.cdiv(last_col - first_col, BV)
-    first = pid // (GROUP * tiles) * GROUP
-    size = min(blocks - first, GROUP)
-    within = pid % (GROUP * tiles)
-    row0 = (first + within % size) * BN
-    col0 = first_col + within // size * BV
-
+    block, tile = _place(tl.cdiv(num_rows, BN), tl.cdiv(last_col - first_col, BV), GROUP)
+    row0, col0 = block * BN, first_col + tile * BV
     rows = row0 + tl.arange(0, BN)
     places = col0 + tl.arange(0, BV)
     cols = places
@@ -311,29 +302,56 @@ def fused_grad_kernel(
         if FILTER_WEIGHT:
             weight_too = matters
     if hidden_too:
-        if d_hidden is not None:
-            _add_product(
-                grad, weight, d_hidden, col0, cols, num_cols, rows, num_rows, width, stride_w,
-                BD, TMA, UPCAST, PRECISION,
-            )  # fmt: skip
-        if d_lora_hidden is not None:
-            _add_product(
-                grad, lora_weight, d_lora_hidden, col0, cols, num_cols, rows, num_rows, rank, rank,
-                BR, False, UPCAST, PRECISION,
-            )  # fmt: skip
+        _add_to_rows(
+            grad, weight, lora_weight, d_hidden, d_lora_hidden, col0, cols, num_cols,
+            rows, num_rows, width, rank, stride_w, BD, BR, TMA, UPCAST, PRECISION,
+        )  # fmt: skip
     if weight_too:
-        if d_weight is not None:
-            _add_product(
-                grad.T, hidden, d_weight, row0, rows, num_rows, places - first_col,
-                last_col - first_col, width, stride_h, BD, TMA, UPCAST, PRECISION,
-            )  # fmt: skip
-        if d_lora_weight is not None:
-            _add_product(
-                grad.T, lora_hidden, d_lora_weight, row0, rows, num_rows, cols, num_cols,
-                rank, rank, BR, False, UPCAST, PRECISION,
-            )  # fmt: skip
-        if d_bias is not None:
-            tl.atomic_add(d_bias + cols, tl.sum(grad, 0), mask=places < last_col, sem="relaxed")
+        _add_to_head(
+            grad, hidden, lora_hidden, d_weight, d_bias, d_lora_weight, row0, rows, num_rows,
+            places, cols, num_cols, first_col, last_col, width, rank, stride_h,
+            BD, BR, TMA, UPCAST, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_to_rows(
+    grad, weight, lora_weight, d_hidden, d_lora_hidden, col0, cols, num_cols,
+    rows, num_rows, width, rank, stride_w,
+    BD: tl.constexpr, BR: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    if d_hidden is not None:
+        _add_product(
+            grad, weight, d_hidden, col0, cols, num_cols, rows, num_rows, width, stride_w,
+            BD, TMA, UPCAST, PRECISION,
+        )  # fmt: skip
+    if d_lora_hidden is not None:
+        _add_product(
+            grad, lora_weight, d_lora_hidden, col0, cols, num_cols, rows, num_rows, rank, rank,
+            BR, False, UPCAST, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _add_to_head(
+    grad, hidden, lora_hidden, d_weight, d_bias, d_lora_weight, row0, rows, num_rows,
+    places, cols, num_cols, first_col, last_col, width, rank, stride_h,
+    BD: tl.constexpr, BR: tl.constexpr, TMA: tl.constexpr, UPCAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    if d_weight is not None:
+        _add_product(
+            grad.T, hidden, d_weight, row0, rows, num_rows, places - first_col,
+            last_col - first_col, width, stride_h, BD, TMA, UPCAST, PRECISION,
+        )  # fmt: skip
+    if d_lora_weight is not None:
+        _add_product(
+            grad.T, lora_hidden, d_lora_weight, row0, rows, num_rows, cols, num_cols,
+            rank, rank, BR, False, UPCAST, PRECISION,
+        )  # fmt: skip
+    if d_bias is not None:
+        tl.atomic_add(d_bias + cols, tl.sum(grad, 0), mask=places < last_col, sem="relaxed")
 
 
 @triton.jit

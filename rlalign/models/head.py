@@ -2,15 +2,17 @@
 
 Families transform their logits in a few ways: a factor (Cohere, Falcon-H1), a divisor (Granite,
 MiniCPM3), tanh with a cap (Gemma). Each is a field of the config; the tables below say which.
-`trainer.policy` compares the result with the model's own logits, so a family that does anything
+`refuse_unless_own` compares the result with the model's own logits, so a family that does anything
 else is refused, not mistaken. An adapter on the head acts before all of them, as its matrix does.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -49,6 +51,23 @@ def build_head(model: PreTrainedModel, kernels: KernelsConfig) -> LinearLogProb:
         "layer or one with a LoRA adapter; if an adapter of another kind targets it, leave the "
         "head out of the adapter's target modules"
     )
+
+
+@torch.no_grad()
+def refuse_unless_own(model: PreTrainedModel, row: Sequence[int], logp_T: Tensor) -> None:
+    """Raise ModelError unless `logp_T` [len(row) - 1] is what `model` itself says of its tokens."""
+    ids = torch.tensor([row], device=logp_T.device)
+    logits_TV = model(input_ids=ids, use_cache=False).logits[0, :-1].to(logp_T.dtype)
+    own_T = logits_TV.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+    spread = float(logits_TV.abs().max()) + 1
+    error = float((logp_T - own_T).abs().max())
+    if not error <= 4 * torch.finfo(model.dtype).eps ** 0.75 * spread:
+        raise ModelError(
+            f"log-probs of {type(model).__name__} computed from its hidden states differ from its "
+            f"own by {error:.2g}: this family does something to its logits or attention that "
+            "rlalign does not know. Try trainer.packing=false; if that is refused too, add the "
+            "family to rlalign/models/head.py."
+        )
 
 
 class LoraLinearLogProb(LinearLogProb):

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rlalign.config.schema import KernelsConfig, ModelConfig
 from rlalign.models.errors import ModelError
-from rlalign.models.head import build_head
+from rlalign.models.head import build_head, refuse_unless_own
 from rlalign.models.load import load_causal_lm
 from rlalign.models.lora import adapters_off, attach_lora, merged_weights, save_weights
 from rlalign.models.norm import quicken_norms
@@ -145,19 +145,7 @@ class Policy(nn.Module):
         self.eval()
         actual_BT = self(_probe(rows)).logp_BT
         for row, logp_T in zip(rows, actual_BT, strict=True):
-            ids = torch.tensor([row], device=actual_BT.device)
-            logits_TV = self.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            own_T = logits_TV.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
-            spread = float(logits_TV.abs().max()) + 1
-            error = float((logp_T[: len(own_T)] - own_T).abs().max())
-            tolerance = 4 * torch.finfo(self.model.dtype).eps ** 0.75 * spread
-            if not error <= tolerance:
-                raise ModelError(
-                    f"log-probs of {type(self.model).__name__} computed from its hidden states "
-                    f"differ from its own by {error:.2g}: this family does something to its logits "
-                    "or attention that rlalign does not know. Try trainer.packing=false; if that "
-                    "is refused too, add the family to rlalign/models/head.py."
-                )
+            refuse_unless_own(self.model, row, logp_T[: len(row) - 1])
 
     def _score(self, batch: TrainBatch, temperature: float, entropy: bool) -> PolicyOutput:
         device = self.head.weight.device

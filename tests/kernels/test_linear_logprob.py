@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlalign.kernels import torch_backend
+from rlalign.kernels.linear_cross_entropy import linear_cross_entropy
 from rlalign.kernels.linear_logprob import LinearLogProb
 from tests.kernels.cases import (
     BACKEND,
@@ -232,6 +233,33 @@ def test_the_module_is_the_head_it_was_built_from():
     torch.testing.assert_close(module(hidden, target, 0.9).logp, expected)
 
 
+def test_an_entropy_for_information_only_moves_nothing():
+    hidden, weight, _, target, g, _, _ = draw(9, 8, 40, bias=False, dtype=torch.float32)
+    out = score(hidden, weight, target, return_entropy=True, entropy_grad=False)
+    both = score(hidden, weight, target, return_entropy=True)
+    assert out.entropy is not None and not out.entropy.requires_grad
+    assert torch.equal(out.entropy, both.entropy)
+    pairs = (gradients(x, (up, 0 * g), (hidden, weight)) for x, up in ((both, g), (out, g)))
+    for got, want in zip(*pairs, strict=True):
+        assert_near(got, want, 1e-6)
+
+
+def test_cross_entropy_is_the_negative_log_prob_under_the_names_of_another_library():
+    hidden, weight, bias, target, *_ = draw(9, 8, 40, bias=True, dtype=torch.float32)
+    target[2::4] = -100
+    logits = 5 * torch.tanh((hidden @ weight.T + bias) / 5)
+    for reduction in ("mean", "sum", "none"):
+        want = torch.nn.functional.cross_entropy(logits, target, reduction=reduction)
+        got = linear_cross_entropy(
+            hidden, weight, target, bias, softcap=5.0, reduction=reduction, backend=BACKEND
+        )
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="unknown reduction 'men'"):
+        linear_cross_entropy(hidden, weight, target, reduction="men")
+    with pytest.raises(ValueError, match="filter_eps must be a number, 'auto' or None"):
+        linear_cross_entropy(hidden, weight, target, filter_eps="high")
+
+
 BAD = [
     (dict(hidden=torch.zeros(3, 5)), "hidden has last dim 5, weight expects 4"),
     (dict(target=torch.zeros(2, dtype=torch.long)), "target shape (2,) does not match"),
@@ -242,6 +270,13 @@ BAD = [
     (dict(bias=torch.zeros(6)), "bias has 6 entries, weight has 7 rows"),
     (dict(chunk_size=0), "chunk_size must be >= 1"),
     (dict(backend="tritn"), "unknown backend 'tritn'"),
+    (dict(backward="fussed"), "unknown backward 'fussed'"),
+    (dict(backward="workspace", filter_hidden_grad=True), "use 'fused' or 'auto'"),
+    (dict(filter_eps=0.1), "filter_eps needs filter_hidden_grad=True or"),
+    (dict(filter_eps=-1.0, filter_weight_grad=True), "filter_eps must be finite and >= 0"),
+    (dict(filter_weight_grad=True, return_entropy=True), "biased for entropy gradients"),
+    (dict(backward="fused", backend="torch"), "needs backend 'triton', not 'torch'"),
+    (dict(filter_weight_grad=True, backend="eager"), "needs backend 'triton', not 'eager'"),
 ]
 
 

@@ -249,7 +249,8 @@ def test_the_hidden_gradient_is_not_summed_in_bfloat16_over_the_vocabulary(monke
     """verl's default backward: dH of each piece of the vocabulary is added up in bfloat16 (TRL
     notes that entropy then drifts). Many pieces show it."""
     width, vocab, piece = 16, 2048, 16
-    monkeypatch.setattr(torch_backend, "WEIGHT_SLICE_BYTES", piece * 4 * width)
+    monkeypatch.setitem(torch_backend.TILE_SIDE, "cpu", piece)
+    monkeypatch.setattr(torch_backend, "SLICE_BYTES", 0)
     if BACKEND == "triton":
         from rlalign.kernels import triton_backend
 
