@@ -1,4 +1,4 @@
-"""The Triton backend of `linear_logprob`: launches, tile sizes, and two ways backward.
+"""The Triton backend of `linear_logprob`: launches, and two ways backward.
 
 Forward: running statistics per row and share of the vocabulary, merged afterwards. Backward:
 vocabulary-major, with a workspace of bounded size. For each range of columns [v0, v1) one kernel
@@ -14,8 +14,7 @@ Shapes: M rows, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -24,74 +23,12 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rlalign.kernels import triton_kernels
 from rlalign.kernels.partials import Partials, merge
+from rlalign.kernels.tiles import INTERPRETED, Tiles, run_with_tiles
 from rlalign.kernels.transform import Backward, Grads, Head, Rows, Transform, Upstream
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # read by Triton when it decorates
 MIN_COLUMNS = 1024  # of the workspace
 MIN_RANK = 16  # depth of a matrix instruction in half precision
 TMA_ALIGNMENT = 16  # bytes, of a descriptor's base and row pitch
-
-
-class Tiles(NamedTuple):
-    """How one kernel is cut: rows, columns and depth of a tile, row blocks that run together, and
-    the steps of depth after which the matrix units' accumulator is emptied (0: at the end)."""
-
-    rows: int
-    cols: int
-    depth: int
-    warps: int
-    stages: int
-    group: int = 16
-    promote: int = 0
-    tma: bool = False
-
-
-class TileTable(NamedTuple):
-    forward: Tiles
-    backward: Tiles
-    fused: Tiles
-
-
-# By compute capability, the newest first; half precision, then float32. A log-prob shall be within
-# 2e-5, so the forward pass promotes every 320 of depth (measured on an H200 at logits of standard
-# deviation 6 and depth 4096: 1.7e-5 in place of 2.2e-4, for an eighth more time). dL/dz is rounded
-# to half precision anyway.
-TABLES: list[tuple[int, TileTable, TileTable]] = [
-    (
-        90,
-        TileTable(
-            forward=Tiles(128, 128, 64, warps=8, stages=4, promote=5, tma=True),
-            backward=Tiles(128, 256, 64, warps=8, stages=3, tma=True),
-            fused=Tiles(128, 128, 64, warps=8, stages=3, tma=True),
-        ),
-        TileTable(Tiles(64, 128, 32, 4, 3), Tiles(64, 128, 32, 4, 3), Tiles(64, 64, 32, 4, 2)),
-    ),
-    (
-        80,
-        TileTable(
-            forward=Tiles(64, 128, 64, warps=8, stages=3, promote=5),
-            backward=Tiles(128, 128, 64, warps=8, stages=3),
-            fused=Tiles(64, 128, 64, warps=8, stages=2),
-        ),
-        TileTable(Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2), Tiles(64, 64, 32, 4, 2)),
-    ),
-]
-INTERPRETER_TILES = Tiles(128, 512, 256, 4, 1)
-
-
-def tiles_of(tensor: Tensor) -> TileTable:
-    """The tile sizes for `tensor`'s device and dtype."""
-    if INTERPRETED:
-        return TileTable(INTERPRETER_TILES, INTERPRETER_TILES, INTERPRETER_TILES)
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    half = tensor.dtype in (torch.bfloat16, torch.float16)
-    for capability, half_table, full_table in TABLES:
-        if major * 10 + minor >= capability:
-            return half_table if half else full_table
-    raise RuntimeError(
-        f"the Triton kernels need compute capability 8.0, this device has {major}.{minor}; use "
-        "backend='torch'"
-    )
 
 
 def statistics(
@@ -101,11 +38,24 @@ def statistics(
     entropy: bool,
     *,
     batch_invariant: bool = False,
-    tiles: Tiles | None = None,
     **_: Any,
 ) -> Partials:
     """Partials [M] over the head's columns, float32."""
-    tiles = tiles or tiles_of(rows.hidden).forward
+
+    def run(tiles: Tiles) -> Partials:
+        return _partials(rows, head, transform, entropy, batch_invariant, tiles)
+
+    return run_with_tiles("forward", rows.hidden, run)
+
+
+def _partials(
+    rows: Rows,
+    head: Head,
+    transform: Transform,
+    entropy: bool,
+    batch_invariant: bool,
+    tiles: Tiles,
+) -> Partials:
     count, splits = len(rows.target), _splits(rows.hidden, head.cols, tiles, batch_invariant)
     out = rows.hidden.new_empty(splits, 4, count, dtype=torch.float32)
     if count:
@@ -134,18 +84,20 @@ def gradients(
     (fused: an adapter's in float32); None where `needs` says so."""
     if not len(rows.target) or not head.cols:
         return Grads(*(x if x is None else x.zero_() for x in _empty_grads(rows, head, needs)))
-    table = tiles_of(rows.hidden)
-    tiles = table.fused if how.fused else table.backward
-    if how.filtered:  # sorted columns, which no descriptor reads
-        tiles = tiles._replace(tma=False)
-    arguments = _arguments(rows, head, transform, tiles) | {
-        "lse": lse_M, "mean": mean_M, "grad_logp": upstream.logp,
-        "grad_entropy": upstream.entropy, "grad_lse": upstream.lse, "slope": transform.slope,
-        "ENTROPY": upstream.entropy is not None, "LSE": upstream.lse is not None,
-    }  # fmt: skip
-    if how.fused:
-        return _fused(rows, head, needs, arguments, workspace_bytes, how)
-    return _through_workspace(rows, head, needs, arguments, workspace_bytes)
+
+    def run(tiles: Tiles) -> Grads[Tensor | None]:
+        if how.filtered:  # sorted columns, which no descriptor reads
+            tiles = tiles._replace(tma=False)
+        arguments = _arguments(rows, head, transform, tiles) | {
+            "lse": lse_M, "mean": mean_M, "grad_logp": upstream.logp,
+            "grad_entropy": upstream.entropy, "grad_lse": upstream.lse, "slope": transform.slope,
+            "ENTROPY": upstream.entropy is not None, "LSE": upstream.lse is not None,
+        }  # fmt: skip
+        if how.fused:
+            return _fused(rows, head, needs, arguments, workspace_bytes, how)
+        return _through_workspace(rows, head, needs, arguments, workspace_bytes)
+
+    return run_with_tiles("fused" if how.fused else "backward", rows.hidden, run)
 
 
 def _through_workspace(

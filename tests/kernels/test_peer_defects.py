@@ -59,7 +59,16 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from rlalign.kernels import op, torch_backend
 from rlalign.kernels.linear_logprob import Lora, VocabParallel
-from tests.kernels.cases import BACKEND, DEVICE, assert_near, draw, gradients, reference, score
+from tests.kernels.cases import (
+    BACKEND,
+    DEVICE,
+    assert_near,
+    draw,
+    gradients,
+    reference,
+    score,
+    use_tiles,
+)
 from tests.kernels.stand_ins import Processes, count_launches
 from tests.kernels.watch import Waits
 
@@ -73,8 +82,7 @@ def small_tiles(monkeypatch):
     if BACKEND == "triton":
         from rlalign.kernels import triton_backend
 
-        tiles = triton_backend.Tiles(16, 64, 16, 4, 1, group=2)
-        monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+        use_tiles(monkeypatch, rows=16, cols=64, depth=16, group=2)
         monkeypatch.setattr(triton_backend, "MIN_COLUMNS", 64)
 
 
@@ -212,10 +220,7 @@ def test_more_rows_than_the_second_axis_of_a_grid_has(monkeypatch):
     have no other; the interpreter has no limit, so the grids are looked at."""
     rows = 65_601
     if BACKEND == "triton":
-        from rlalign.kernels import triton_backend
-
-        tiles = triton_backend.INTERPRETER_TILES._replace(rows=2048)
-        monkeypatch.setattr(triton_backend, "INTERPRETER_TILES", tiles)
+        use_tiles(monkeypatch, rows=2048)
     grids = count_launches(monkeypatch)
     hidden, weight, _, target, g, *_ = draw(rows, 2, 5, bias=False, dtype=torch.float32)
     out = score(hidden, weight, target)
