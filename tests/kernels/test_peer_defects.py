@@ -60,15 +60,8 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 from rlalign.kernels import op, torch_backend
 from rlalign.kernels.linear_logprob import Lora, VocabParallel
 from tests.kernels.cases import (
-    BACKEND,
-    DEVICE,
-    assert_near,
-    draw,
-    gradients,
-    reference,
-    score,
-    use_tiles,
-)
+    BACKEND, DEVICE, assert_near, draw, gradients, reference, score, use_tiles
+)  # fmt: skip
 from tests.kernels.stand_ins import Processes, count_launches
 from tests.kernels.watch import Waits
 
