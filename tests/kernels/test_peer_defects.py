@@ -59,9 +59,8 @@ from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
 from rlalign.kernels import op, torch_backend
 from rlalign.kernels.linear_logprob import Lora, VocabParallel
-from tests.kernels.cases import (
-    BACKEND, DEVICE, assert_near, draw, gradients, reference, score, use_tiles
-)  # fmt: skip
+from tests.kernels import cases
+from tests.kernels.cases import BACKEND, DEVICE, assert_near, draw, gradients, reference, score
 from tests.kernels.stand_ins import Processes, count_launches
 from tests.kernels.watch import Waits
 
@@ -75,7 +74,7 @@ def small_tiles(monkeypatch):
     if BACKEND == "triton":
         from rlalign.kernels import triton_backend
 
-        use_tiles(monkeypatch, rows=16, cols=64, depth=16, group=2)
+        cases.use_tiles(monkeypatch, rows=16, cols=64, depth=16, group=2)
         monkeypatch.setattr(triton_backend, "MIN_COLUMNS", 64)
 
 
@@ -213,7 +212,7 @@ def test_more_rows_than_the_second_axis_of_a_grid_has(monkeypatch):
     have no other; the interpreter has no limit, so the grids are looked at."""
     rows = 65_601
     if BACKEND == "triton":
-        use_tiles(monkeypatch, rows=2048)
+        cases.use_tiles(monkeypatch, rows=2048)
     grids = count_launches(monkeypatch)
     hidden, weight, _, target, g, *_ = draw(rows, 2, 5, bias=False, dtype=torch.float32)
     out = score(hidden, weight, target)
