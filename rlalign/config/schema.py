@@ -363,7 +363,7 @@ class KernelsConfig:
 
     backend: str = option(
         "auto",
-        "triton on a GPU, torch (chunks of rows) elsewhere; eager: all logits, to compare.",
+        "triton on a GPU, torch (tiles) elsewhere; eager: all logits, to compare.",
         choices=("auto", "triton", "torch", "eager"),
     )
     chunk_size: int | None = option(None, "Rows of a tile of logits (torch).", ge=1)
