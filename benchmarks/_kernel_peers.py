@@ -111,6 +111,7 @@ def candidates(device: str, entropy: bool) -> dict[str, Callable[[], Peer]]:
     }
     if device == "cuda":
         table["rlalign, torch"] = lambda: ours(entropy, backend="torch")
+        table["rlalign, fused"] = lambda: ours(entropy, backward="fused")
     if not entropy:
         table["F.linear_cross_entropy 256"] = lambda: torch_linear_cross_entropy(256)
         table["F.linear_cross_entropy 1024"] = lambda: torch_linear_cross_entropy(1024)

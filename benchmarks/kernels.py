@@ -49,7 +49,12 @@ SLOW_REPETITIONS = 5
 REFERENCE_ROWS = 512
 MAIN = GPU_SHAPES[0]
 OURS = "rlalign"
-SLOW = ("rlalign, torch", "cut-cross-entropy", "cut-cross-entropy, exact")  # at MAIN only
+SLOW = (
+    "rlalign, torch",
+    "rlalign, fused",
+    "cut-cross-entropy",
+    "cut-cross-entropy, exact",
+)  # at MAIN only
 
 
 def run(quick: bool) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlalign.kernels.arguments import choose_backend
-from tests.kernels.cases import draw, gradients, score
+from tests.kernels.cases import assert_near, draw, gradients, score
 
 pytestmark = pytest.mark.gpu
 
@@ -35,6 +35,19 @@ def test_equal_calls_give_equal_bits():
         results.append((out.logp, *gradients(out, upstream[:2], (hidden, weight))))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, results[0], strict=True))
+
+
+@pytest.mark.parametrize("filtered", [False, True])
+def test_the_fused_backward_gives_what_the_workspace_does(filtered):
+    """With eps 0 the filtered one reads sorted columns and leaves nothing out."""
+    hidden, weight, bias, target, g, *_ = draw(700, 256, 30_001, bias=True, dtype=torch.bfloat16)
+    options = {"filter_eps": 0.0, "filter_hidden_grad": True, "filter_weight_grad": True}
+    inputs, results = (hidden, weight, bias), []
+    for more in ({}, options if filtered else {"backward": "fused"}):
+        logp = score(hidden, weight, target, bias=bias, workspace_mib=8, **more).logp
+        results.append(gradients([logp], [g], inputs))
+    for got, want in zip(*results, strict=True):
+        assert_near(got, want, 5e-3)
 
 
 def test_memory_is_the_gradients_and_the_workspace():
