@@ -1,0 +1,57 @@
+# ruff: noqa: RUF009  (option() and section() return dataclass fields)
+"""How samples are made."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlalign.config.fields import option, section
+
+
+@dataclass
+class VllmConfig:
+    """Options of the vLLM engine."""
+
+    gpu_memory_utilization: float = option(
+        0.4, "Share of GPU memory for weights and cache.", gt=0, le=1
+    )
+    kv_cache_gib: int = option(1, "KV cache on a CPU, whole GiB.", ge=1)
+    max_num_seqs: int = option(256, "Sequences decoded together.", ge=1)
+    max_model_len: int | None = option(
+        None, "Longest sequence; unset: prompt plus completion limit.", ge=1
+    )
+    enforce_eager: bool | None = option(
+        None, "No graph capture; unset: true on a CPU, false on a GPU."
+    )
+    block_size: int | None = option(
+        None, "Prefix-cache block, tokens; unset: 32 on a CPU, vLLM's own on a GPU."
+    )
+    enable_prefix_caching: bool = option(True, "Share the prompt's cache within a group.")
+    sleep_mode: bool = option(True, "Free the GPU between rollouts.")
+    timeout_s: float = option(
+        3600.0, "Deadline of one batch of rollouts in the engine, seconds.", gt=0
+    )
+
+
+@dataclass
+class RolloutConfig:
+    """How samples are made."""
+
+    engine: str = option(
+        "vllm", "hf shares the trainer's parameters; vllm runs beside it.", choices=("hf", "vllm")
+    )
+    max_completion_length: int = option(256, "Longest completion, tokens.", ge=1)
+    temperature: float = option(
+        1.0, "Sampling temperature; the trainer's log-probs use the same.", gt=0
+    )
+    top_p: float = option(
+        1.0, "Nucleus; 1 is off. Below 1 the ratio is no longer exact.", gt=0, le=1
+    )
+    top_k: int = option(0, "Keep the k likeliest tokens; 0 is off.", ge=0)
+    max_batch_size: int = option(256, "Sequences the hf engine decodes together.", ge=1)
+    logp_tolerance: float = option(
+        0.05,
+        "Largest engine/trainer log-prob difference on the check sequence after a weight update.",
+        gt=0,
+    )
+    vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
