@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlalign.rewards.channel import encode
+from rlalign.rewards.encode import encode
 from rlalign.rewards.verdict import RewardError, Verdict, VerdictKind, read_output
 
 TRANSIENT = frozenset({408, 425, 429, 500, 502, 503, 504})

@@ -9,15 +9,8 @@ workers and lose only the row at fault; others lose the call.
 from __future__ import annotations
 
 import collections
-import contextlib
-import json
 import logging
-import os
 import signal
-import socket
-import subprocess
-import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
@@ -26,16 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlalign.channel import Channel
+from rlalign.process import Child, how_it_ended
 from rlalign.rewards.call import Call, Takes
-from rlalign.rewards.channel import Channel, encode
+from rlalign.rewards.encode import encode
 from rlalign.rewards.verdict import RewardError, Verdict, VerdictKind, read_value
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 60.0  # imports of a user's module included
-EXIT_TIMEOUT_S = 5.0
 CHUNK_ROWS = 16  # rows sent to one worker at a time: small, so that workers end together
-LOG_TAIL_BYTES = 2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,33 +53,19 @@ class Worker:
 
     def __init__(self, target: Target) -> None:
         self._target = target
-        self._process: subprocess.Popen[bytes] | None = None
+        self._child: Child | None = None
         self.takes = Takes(frozenset(), (), True)
 
     @property
     def pid(self) -> int | None:
-        return self._process.pid if self._process else None
+        return self._child.pid if self._child else None
 
     def start(self) -> None:
         """Spawn the process and build the function in it."""
-        if self._process is not None:
+        if self._child is not None:
             return
-        ours, theirs = socket.socketpair()
-        lifeline_read, self._lifeline = os.pipe()
-        self._log = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 - closed in stop
-        main = Path(__file__).with_name("worker_main.py")
-        path = json.dumps([os.path.abspath(p) for p in sys.path])
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", str(main), str(theirs.fileno()), str(lifeline_read), path],
-            pass_fds=(theirs.fileno(), lifeline_read),
-            stdin=subprocess.DEVNULL,
-            stdout=self._log,
-            stderr=self._log,
-            start_new_session=True,
-        )
-        theirs.close()
-        os.close(lifeline_read)
-        self._channel = Channel(ours)
+        self._child = Child(Path(__file__).with_name("worker_main.py"))
+        self._channel = Channel(self._child.socket)
         self._handshake()
 
     def score(self, call: Call, deadline: float) -> list[Verdict]:
@@ -119,17 +98,8 @@ class Worker:
 
     def stop(self) -> int | None:
         """Kill the process with everything it started; its return code, None if there was none."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        returncode = process.poll()
-        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait(EXIT_TIMEOUT_S)
-        self._channel.close()
-        os.close(self._lifeline)
-        self._log.close()
-        return returncode
+        child, self._child = self._child, None
+        return child.stop() if child is not None else None
 
     def _handshake(self) -> None:
         target = self._target
@@ -163,34 +133,22 @@ class Worker:
     def _post_mortem(self, error: Exception) -> Verdict:
         """Why the process is gone. A SIGKILL that is not ours is the kernel's out-of-memory killer
         in all likelihood."""
-        process = self._process
-        if process is None:
+        child = self._child
+        if child is None:
             return Verdict(VerdictKind.CRASH, detail="the reward was closed while it ran")
-        with contextlib.suppress(subprocess.TimeoutExpired):  # it may live and talk nonsense
-            process.wait(EXIT_TIMEOUT_S)
-        tail = self._log_tail()
+        child.wait()
+        tail = child.log_tail()
         returncode = self.stop()
         if returncode == -signal.SIGKILL:
             return Verdict(VerdictKind.OOM, detail="killed by SIGKILL: out of memory, most likely")
-        if returncode is None:
-            how = f"broke the protocol ({error})"
-        elif returncode < 0:
-            how = f"died of {signal.Signals(-returncode).name}"
-        else:
-            how = f"exited with code {returncode}"
+        how = how_it_ended(returncode) + (f" ({error})" if returncode is None else "")
         return Verdict(VerdictKind.CRASH, detail=f"the worker {how}\n{tail}".strip())
-
-    def _log_tail(self) -> str:
-        size = os.fstat(self._log.fileno()).st_size
-        tail = os.pread(self._log.fileno(), LOG_TAIL_BYTES, max(0, size - LOG_TAIL_BYTES))
-        return tail.decode(errors="replace").strip()
 
     def _forward_log(self) -> None:
         """What the function printed goes to the log, and the file stays small."""
-        if tail := self._log_tail():
+        if self._child is not None and (tail := self._child.log_tail()):
             logger.info("reward %s printed: %s", self._target.name, tail)
-            self._log.seek(0)  # the worker writes at the same offset: one open file, shared
-            self._log.truncate(0)
+            self._child.clear_log()
 
 
 class WorkerPool:

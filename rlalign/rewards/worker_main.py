@@ -1,17 +1,14 @@
 """The worker process: builds one reward function and scores what the trainer sends, until the
 trainer goes away.
 
-Started by `rlalign.rewards.worker` as a plain script with three arguments: the socket, the lifeline
-and the import path as JSON. It must start fast, so it imports the standard library, `call` and
-`verdict` only.
+Started by `rlalign.rewards.worker` as a plain script (rlalign/process.py). It must start fast, so
+it imports the standard library, `channel`, `process`, `call` and `verdict` only.
 """
 
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 import resource
 import socket
 import sys
@@ -21,13 +18,14 @@ from typing import Any
 
 def main() -> None:
     sock_fd, lifeline_fd, path = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    die_with_parent(lifeline_fd)
     sys.path[:] = path
 
+    from rlalign.channel import Channel
+    from rlalign.process import die_with_parent
     from rlalign.rewards.call import takes, traceback_tail
-    from rlalign.rewards.channel import Channel
     from rlalign.rewards.verdict import RewardError
 
+    die_with_parent(lifeline_fd)
     channel = Channel(socket.socket(fileno=sock_fd))
     setup = channel.receive()
     if setup["max_memory_bytes"]:
@@ -49,21 +47,6 @@ def main() -> None:
     )
     with asyncio.Runner() as runner:
         serve(channel, function, setup["rowwise"], runner)
-
-
-def die_with_parent(lifeline_fd: int) -> None:
-    """End this process when the trainer ends, even by kill -9 and even inside a C call: nothing is
-    ever written to the lifeline, and closing its other end raises SIGIO, whose default is to end
-    the process. (A parent-death signal would fire when the thread that started us ends.)"""
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETOWN, os.getpid())
-    flags = fcntl.fcntl(lifeline_fd, fcntl.F_GETFL)
-    fcntl.fcntl(lifeline_fd, fcntl.F_SETFL, flags | os.O_ASYNC | os.O_NONBLOCK)
-    try:
-        gone = os.read(lifeline_fd, 1) == b""  # it may have closed before O_ASYNC was set
-    except BlockingIOError:
-        return
-    if gone:
-        os._exit(1)
 
 
 def limit_memory(max_bytes: int) -> None:

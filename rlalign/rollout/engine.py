@@ -60,7 +60,11 @@ class EngineError(RlalignError, RuntimeError):
 
 class RolloutEngine(Protocol):
     capabilities: Capabilities
-    version: PolicyVersion  # of the weights in use now
+
+    @property
+    def version(self) -> PolicyVersion:
+        """Of the weights in use now; (0, "") before the first update."""
+        ...
 
     def generate(
         self, requests: Sequence[GenerateRequest], params: SamplingParams

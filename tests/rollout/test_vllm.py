@@ -88,7 +88,7 @@ def test_an_interrupt_leaves_no_request_behind(engine: VllmEngine):
 
     with pytest.raises(KeyboardInterrupt):
         engine.generate([REQUEST], PARAMS, on_progress=interrupt)
-    assert not engine._engine.has_unfinished_requests()
+    assert engine._stream.unfinished == 0
     assert tokens(engine) == before
 
 
@@ -139,8 +139,8 @@ def test_a_failure_inside_vllm_is_told_and_final(shared: VllmEngine, folder: Pat
     def fail():
         raise RuntimeError("out of memory on a bad day")
 
-    monkeypatch.setattr(shared._engine, "step", fail)
-    with pytest.raises(EngineError, match="failed while generating: RuntimeError: out of memory"):
+    monkeypatch.setattr(shared._stream._engine, "step", fail)
+    with pytest.raises(EngineError, match="failed while running: RuntimeError: out of memory"):
         shared.generate([REQUEST], PARAMS)
     monkeypatch.undo()
     with pytest.raises(EngineError, match="close this engine"):

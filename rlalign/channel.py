@@ -1,14 +1,13 @@
-"""Length-prefixed JSON over a socket pair, with deadlines: how the trainer and a worker talk."""
+"""Length-prefixed JSON over a socket pair, with deadlines: how a process and its worker talk."""
 
 from __future__ import annotations
 
 import json
+import select
 import socket
 import struct
 import time
 from typing import Any
-
-from rlalign.rewards.verdict import RewardError
 
 HEADER = struct.Struct("!Q")
 MAX_FRAME_BYTES = 1 << 30
@@ -37,6 +36,10 @@ class Channel:
             raise EOFError(f"the other end announced a message of {size} bytes: not our protocol")
         return json.loads(self._read(size, deadline))
 
+    def ready(self, wait_s: float) -> bool:
+        """Whether the next message has begun to arrive, after `wait_s` at most."""
+        return bool(select.select([self._sock], [], [], wait_s)[0])
+
     def close(self) -> None:
         self._sock.close()
 
@@ -55,22 +58,3 @@ class Channel:
         if remaining is not None and remaining <= 0:
             raise TimeoutError("deadline passed")
         self._sock.settimeout(remaining)
-
-
-def encode(message: dict[str, Any], who: str) -> bytes:
-    """A message as JSON: numpy scalars and arrays as numbers and lists, dates as ISO text.
-    RewardError names the value that cannot travel, and `who` takes it."""
-    try:
-        return json.dumps(message, default=_plain).encode()
-    except TypeError as error:
-        raise RewardError(
-            f"{who} takes a column that cannot travel as JSON: {error}. Drop or convert the "
-            "column, or pass the reward as a Python callable"
-        ) from error
-
-
-def _plain(value: Any) -> Any:
-    for method in ("tolist", "isoformat"):
-        if callable(getattr(value, method, None)):
-            return getattr(value, method)()
-    raise TypeError(f"{type(value).__name__} {str(value)[:60]!r}")

@@ -1,0 +1,260 @@
+"""vLLM in this process, stepped by its owner: sequences go in, finished ones come out, and weights
+change between two steps.
+
+One vLLM request per sequence, because each has a seed of its own; the prefix cache shares prompts.
+Weights are staged and checked before vLLM sees any of them (staging.py); vllm_weights.py loads
+them, vllm_start.py starts and stops vLLM.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from rlalign.config.schema import VllmConfig
+from rlalign.rollout import vllm_start, vllm_weights
+from rlalign.rollout.engine import EngineError, SamplingParams
+from rlalign.rollout.hf import eos_token_ids
+from rlalign.rollout.staging import WeightStage
+from rlalign.types import PolicyVersion
+
+LOWEST_TEMPERATURE = 0.01  # vLLM clamps what is below, without an error
+HIGHEST_TEMPERATURE = 2.0
+
+_live: weakref.ref[VllmStream] | None = None  # vLLM's parallel state is one per process
+
+
+class VllmStream:
+    """vLLM on a CPU or a GPU. One can live in a process at a time.
+
+    `dtype` is that of weights and activations, `max_len` the longest sequence. Until the first
+    `update_weights` the version is 0 with an empty digest: nothing was received.
+
+    >>> stream = VllmStream(path, tokenizer, VllmConfig(), max_len=512)        # doctest: +SKIP
+    >>> stream.add("a", (5, 9), stream.sampling(SamplingParams(16), seed=1))
+    >>> while stream.unfinished: finished = stream.step()
+    """
+
+    def __init__(
+        self,
+        model_path: str,
+        tokenizer: Any,
+        cfg: VllmConfig,
+        *,
+        max_len: int,
+        dtype: str = "float32",
+        seed: int = 0,
+        device: str = "cpu",
+    ) -> None:
+        global _live
+        if _live is not None and _live() is not None:
+            raise EngineError(
+                "a vLLM engine is alive in this process, and vLLM allows one: close it first"
+            )
+        model = vllm_start.empty_model(model_path)
+        self.eos_ids = eos_token_ids(model, tokenizer)
+        if not self.eos_ids:
+            raise EngineError(
+                f"neither the tokenizer nor the model in {model_path!r} names an end-of-sequence "
+                "token, so no completion could end: set tokenizer.eos_token"
+            )
+        self.vocab = model.config.get_text_config().vocab_size
+        self.max_len = max_len
+        self._model_path, self._device, self._cfg = model_path, device, cfg
+        self._stage = WeightStage(model, getattr(torch, dtype))
+        self._broken: str | None = None
+        self._sleeping: list[str] = []
+        self._engine: Any = vllm_start.start(
+            model_path, cfg, dtype=dtype, max_model_len=max_len, seed=seed, device=device
+        )
+        self.version = PolicyVersion(0, "")
+        _live = weakref.ref(self)
+
+    # --- sequences -------------------------------------------------------------------------------
+
+    def sampling(self, params: SamplingParams, seed: int) -> Any:
+        """vLLM's parameters for one sequence drawn with `seed`."""
+        stop = set() if params.ignore_eos else self.eos_ids | set(params.stop_token_ids)
+        return _vllm_params(
+            seed=_vllm_seed(seed),
+            temperature=params.temperature,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            max_tokens=params.max_completion_length,
+            stop_token_ids=sorted(stop),
+            logprobs=0,  # of the sampled token alone
+        )
+
+    def scoring(self, last_token: int) -> Any:
+        """vLLM's parameters for scoring a sequence of which `add` gets all but the last token. That
+        one is scored as a continuation: vLLM wants room to generate one, and so a sequence of the
+        greatest length still fits."""
+        return _vllm_params(
+            temperature=0.0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last_token]
+        )
+
+    def add(self, name: str, token_ids: Sequence[int], params: Any) -> None:
+        """Take in one sequence, to be worked on from the next step on."""
+        from vllm.inputs.engine import tokens_input
+
+        self.check_usable()
+        if self._sleeping:
+            raise EngineError("the engine sleeps; call wake() first")
+        self._engine.add_request(name, tokens_input(list(token_ids)), params)
+
+    def step(self) -> list[Any]:
+        """Advance every running sequence by a token; vLLM's outputs of those that are finished."""
+        try:
+            return self._engine.step()
+        except Exception as error:  # vLLM's errors have no common base; the cause is kept
+            self._broken = f"vLLM failed while running: {type(error).__name__}: {error}"
+            raise EngineError(
+                f"{self._broken}. Its state is lost: close this engine and start another, with a "
+                "smaller rollout.vllm.max_num_seqs if memory ran out."
+            ) from error
+
+    @property
+    def unfinished(self) -> int:
+        """Sequences that are running or waiting."""
+        return self._engine.get_num_unfinished_requests() if self._engine is not None else 0
+
+    def abort(self, names: Sequence[str]) -> None:
+        if names and self._broken is None and self._engine is not None:
+            self._engine.abort_request(list(names))
+
+    # --- weights ---------------------------------------------------------------------------------
+
+    def update_weights(
+        self, parameters: Iterable[tuple[str, torch.Tensor]], version: int
+    ) -> PolicyVersion:
+        """Take new weights and return `version` with the digest of what was received.
+
+        Raises EngineError, with the old weights in use, for weights that are not this model's or
+        not finite (see staging.py) and when vLLM fails to load them.
+        """
+        self.check_usable()
+        digest = self._stage.receive(parameters)
+        if "weights" in self._sleeping:
+            self._engine.wake_up(["weights"])
+            self._sleeping.remove("weights")
+        try:
+            vllm_weights.load(self._engine, self._stage.arrived)
+        except Exception as error:  # anything vLLM raises leaves it with half of the weights
+            self._roll_back(error)
+            raise EngineError(
+                f"vLLM could not load the weights of version {version}: {type(error).__name__}: "
+                f"{error}. The old weights (version {self.version.version}) stay in use."
+            ) from error
+        self._stage.commit()
+        self.version = PolicyVersion(version, digest)
+        return self.version
+
+    def _roll_back(self, cause: Exception) -> None:
+        try:
+            vllm_weights.roll_back(self._engine, self._stage.in_use, self._model_path)
+        except Exception as error:  # as in update_weights
+            self._broken = (
+                f"a weight update failed ({type(cause).__name__}: {cause}), and so did putting the "
+                f"old weights back ({type(error).__name__}: {error})"
+            )
+            raise EngineError(f"{self._broken}: close this engine and start another") from error
+
+    # --- life ------------------------------------------------------------------------------------
+
+    def sleep(self) -> None:
+        """Free GPU memory: weights to host memory, cache away. Nothing on a CPU."""
+        self.check_usable()
+        if self._device == "cuda" and self._cfg.sleep_mode and not self._sleeping:
+            self._engine.sleep(level=1)
+            self._sleeping = ["weights", "kv_cache"]
+
+    def wake(self) -> None:
+        """Undo `sleep`."""
+        self.check_usable()
+        if self._sleeping:
+            self._engine.wake_up(self._sleeping)
+            self._sleeping = []
+
+    def close(self) -> None:
+        """Release everything vLLM holds. Closing twice is fine; other calls raise EngineError."""
+        global _live
+        if self._engine is None:
+            return
+        engine, self._engine = self._engine, None
+        vllm_start.stop(engine)
+        del engine
+        gc.collect()
+        if self._device == "cuda":
+            torch.cuda.empty_cache()
+        _live = None
+
+    # --- checks ----------------------------------------------------------------------------------
+
+    def check_usable(self) -> None:
+        if self._engine is None:
+            raise EngineError("the engine was closed; create a new one")
+        if self._broken is not None:
+            raise EngineError(f"{self._broken}: close this engine and start another")
+
+    def check_params(self, params: SamplingParams) -> None:
+        low, high = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE
+        if params.temperature != 0 and not low <= params.temperature <= high:
+            raise EngineError(
+                f"temperature {params.temperature}: vLLM samples at {low} to {high}, or 0 (greedy)"
+            )
+        if params.max_completion_length < 1:
+            raise EngineError(
+                f"max_completion_length is {params.max_completion_length}; it must be at least 1"
+            )
+
+    def check_seeds(self, seeds: Sequence[int], name: str) -> None:
+        if any(not 0 <= seed < 2**63 for seed in seeds):
+            raise EngineError(f"{name}: a seed must be in [0, 2^63), got {tuple(seeds)}")
+
+    def check_ids(self, ids: Sequence[int], extra: int, name: str) -> None:
+        """That `ids` are tokens of this model and leave room for `extra` more."""
+        if not ids:
+            raise EngineError(f"{name} has no tokens; the model needs at least one to start from")
+        if not 0 <= min(ids) <= max(ids) < self.vocab:
+            raise EngineError(
+                f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
+                f"{self.vocab - 1}: model and tokenizer do not belong together"
+            )
+        if len(ids) + extra > self.max_len:
+            raise EngineError(
+                f"{name} has {len(ids)} tokens, which with {extra} of completion exceeds the "
+                f"engine's longest sequence of {self.max_len}: raise rollout.vllm.max_model_len, "
+                "or lower task.max_prompt_length or rollout.max_completion_length"
+            )
+
+
+def sequence_logp(output: Any) -> list[float]:
+    """Of the tokens from 1 on of a scored sequence: the prompt's, then the continuation's."""
+    return [*output.prompt_logprobs.logprobs, output.outputs[0].logprobs.logprobs[-1]]
+
+
+def _vllm_params(**options: Any) -> Any:
+    from vllm import SamplingParams as VllmParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return VllmParams(
+        ignore_eos=True,  # the stop tokens say it all
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+        skip_clone=True,
+        **options,
+    )
+
+
+def _vllm_seed(seed: int) -> int:
+    """Every bit of `seed` in the lower 32, which are all that torch's CPU generator reads
+    (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
+    mask = 2**64 - 1
+    mixed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 & mask
+    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & mask
+    return (mixed ^ (mixed >> 31)) >> 1
