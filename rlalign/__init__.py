@@ -11,18 +11,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlalign.api import Result, evaluate, load_config, train
+    from rlalign.api import Result, evaluate, load_config, serve, train
     from rlalign.config import Config, ConfigError
 
 _PUBLIC = {
     "load_config": "rlalign.api",
     "train": "rlalign.api",
     "evaluate": "rlalign.api",
+    "serve": "rlalign.api",
     "Result": "rlalign.api",
     "Config": "rlalign.config",
     "ConfigError": "rlalign.config",
 }
-__all__ = ["Config", "ConfigError", "Result", "evaluate", "load_config", "train"]
+__all__ = ["Config", "ConfigError", "Result", "evaluate", "load_config", "serve", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -70,6 +70,24 @@ def train(
         return Result(job.run_dir.path, run(job))
 
 
+def serve(
+    model: str,
+    overrides: Sequence[str] = (),
+    *,
+    on_ready: Callable[[str, Path], None] | None = None,
+) -> None:
+    """Serve rollouts of `model` to jobs until SIGINT or SIGTERM; `overrides` are options of
+    `config.ServeConfig`. `on_ready` is told the URL and the file by which jobs find the server.
+
+    Raises ConfigError for options that are wrong, EngineLost where the engine cannot start or
+    cannot be brought back.
+    """
+    from rlalign.config import ServeConfig, parse
+    from rlalign.rollout.server.serve import serve as run
+
+    run(parse(ServeConfig, {"model": model}, overrides), on_ready)
+
+
 def evaluate(
     config: Config,
     *,

@@ -74,6 +74,26 @@ def evaluate(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, hub id, or mini:<task>.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value options, e.g. name=b vllm.kv_cache_gib=4")
+    ] = None,
+) -> None:
+    """Serve rollouts to job after job, from one engine, until interrupted.
+
+    Example: `rlalign serve mini:chain`, and in another terminal
+    `rlalign train configs/grpo/mini.yaml rollout.engine=server`
+    """
+    from rlalign import api
+
+    def ready(url: str, connection: Path) -> None:
+        out.print(f"serving {escape(model)} at {url}; jobs find it by {connection}", soft_wrap=True)
+
+    api.serve(model, overrides or [], on_ready=ready)
+
+
+@app.command()
 def verify(
     algorithm: Annotated[str | None, typer.Argument(help="One algorithm; all by default.")] = None,
 ) -> None:

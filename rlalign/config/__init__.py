@@ -1,6 +1,6 @@
 """Structured configuration: `schema` holds every option, `load` reads and checks."""
 
-from rlalign.config.load import ConfigError, all_keys, check_values, parse_config, to_yaml
+from rlalign.config.load import ConfigError, all_keys, check_values, parse, parse_config, to_yaml
 from rlalign.config.schema import (
     AlgoConfig,
     Config,
@@ -12,6 +12,8 @@ from rlalign.config.schema import (
     RewardsConfig,
     RewardSpec,
     RolloutConfig,
+    ServeConfig,
+    ServerConfig,
     TaskConfig,
     TrackingConfig,
     TrainerConfig,
@@ -30,12 +32,15 @@ __all__ = [
     "RewardSpec",
     "RewardsConfig",
     "RolloutConfig",
+    "ServeConfig",
+    "ServerConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainerConfig",
     "VllmConfig",
     "all_keys",
     "check_values",
+    "parse",
     "parse_config",
     "to_yaml",
 ]

@@ -8,7 +8,7 @@ import difflib
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from omegaconf import ListConfig, OmegaConf
@@ -22,8 +22,19 @@ class ConfigError(RlalignError, ValueError):
     """The configuration is wrong; the message names the key, the value and what is allowed."""
 
 
+T = TypeVar("T")
+
+
 def parse_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file (or a mapping), apply `key=value` overrides, check everything.
+    """Read a run's YAML file (or a mapping), apply `key=value` overrides, check everything; errors
+    as in `parse`."""
+    return parse(Config, source, overrides)
+
+
+def parse(
+    kind: type[T], source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()
+) -> T:
+    """The structured config `kind` from a YAML file (or a mapping) and `key=value` overrides.
 
     A file may start from another one: `extends: ../grpo/mini.yaml`, relative to its own folder.
 
@@ -31,22 +42,22 @@ def parse_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str
     name), a wrong type, a value out of range, or a required key left out.
     """
     files = _read_files(Path(source)) if isinstance(source, (str, Path)) else [dict(source)]
-    merged = OmegaConf.structured(Config)
+    merged = OmegaConf.structured(kind)
     for layer in (*files, *_read_overrides(overrides)):
-        _check_keys(layer, Config)
+        _check_keys(layer, kind, kind)
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise _type_error(error) from error
+            raise _type_error(error, kind) from error
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
-            doc = "; ".join(f"{key}: {_doc(key)}" for key in missing)
+            doc = "; ".join(f"{key}: {_doc(key, kind)}" for key in missing)
             raise ConfigError(f"required keys are not set: {', '.join(missing)}. {doc}")
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:  # `${...}` that refers to nothing
-        raise _type_error(error) from error
-    assert isinstance(config, Config)
+        raise _type_error(error, kind) from error
+    assert isinstance(config, kind)
     check_values(config)
     return config
 
@@ -115,7 +126,7 @@ def _read_overrides(overrides: Sequence[str]) -> list[dict[str, Any]]:
     return layers
 
 
-def _check_keys(raw: Any, kind: type, prefix: str = "") -> None:
+def _check_keys(raw: Any, kind: type, root: type, prefix: str = "") -> None:
     """Unknown keys are named with their nearest valid neighbour before OmegaConf sees them."""
     if not isinstance(raw, Mapping):
         place = prefix.rstrip(".") or "the config"
@@ -124,24 +135,24 @@ def _check_keys(raw: Any, kind: type, prefix: str = "") -> None:
     for name, value in raw.items():
         key = f"{prefix}{name}"
         if name not in hints:
-            raise ConfigError(_unknown_key(key, str(name), kind, prefix))
+            raise ConfigError(_unknown_key(key, str(name), kind, root, prefix))
         inner = hints[name]
         if dataclasses.is_dataclass(inner):
-            _check_keys(value, inner, key + ".")  # type: ignore[arg-type]
+            _check_keys(value, inner, root, key + ".")  # type: ignore[arg-type]
         elif typing.get_origin(inner) is list and isinstance(value, (list, ListConfig)):
             element = typing.get_args(inner)[0]
             if dataclasses.is_dataclass(element):
                 for i, item in enumerate(value):
-                    _check_keys(item, element, f"{key}[{i}].")  # type: ignore[arg-type]
+                    _check_keys(item, element, root, f"{key}[{i}].")  # type: ignore[arg-type]
 
 
-def _unknown_key(key: str, name: str, kind: type, prefix: str) -> str:
+def _unknown_key(key: str, name: str, kind: type, root: type, prefix: str) -> str:
     local = [prefix + f.name for f in dataclasses.fields(kind)]
     near = difflib.get_close_matches(prefix + name, local, n=1, cutoff=0.75)
     if not near:  # perhaps the right name in the wrong section
-        near = [k for k in all_keys() if k.rsplit(".", 1)[-1] == name]
+        near = [k for k in all_keys(root) if k.rsplit(".", 1)[-1] == name]
     if not near:
-        near = difflib.get_close_matches(key, list(all_keys()), n=1)
+        near = difflib.get_close_matches(key, list(all_keys(root)), n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(local)}."
     return f"unknown config key {key!r}; {hint}"
 
@@ -154,8 +165,8 @@ def all_keys(kind: type = Config, prefix: str = "") -> Iterator[str]:
             yield from all_keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
-def _field(key: str) -> dataclasses.Field | None:
-    kind: Any = Config
+def _field(key: str, root: type) -> dataclasses.Field | None:
+    kind: Any = root
     field = None
     for part in key.split("."):
         name = part.split("[")[0]
@@ -168,14 +179,14 @@ def _field(key: str) -> dataclasses.Field | None:
     return field
 
 
-def _doc(key: str) -> str:
-    field = _field(key)
+def _doc(key: str, root: type) -> str:
+    field = _field(key, root)
     return field.metadata.get("doc", "") if field else ""
 
 
-def _type_error(error: OmegaConfBaseException) -> ConfigError:
+def _type_error(error: OmegaConfBaseException, root: type) -> ConfigError:
     key = error.full_key or "?"
-    field = _field(key)
+    field = _field(key, root)
     expected = f" expected {field.type}: {field.metadata.get('doc', '')}" if field else ""
     cause = str(error).splitlines()[0]
     return ConfigError(f"config key {key!r}: {cause};{expected}")

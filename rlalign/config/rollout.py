@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from omegaconf import MISSING
+
 from rlalign.config.fields import option, section
 
 
@@ -34,11 +36,50 @@ class VllmConfig:
 
 
 @dataclass
+class ServerConfig:
+    """The rollout server that a run uses, and its lease there (docs/server.md)."""
+
+    name: str = option("default", "As given to `rlalign serve`; or the path of its file.")
+    ttl_s: float = option(
+        30.0, "The lease ends when the run is silent for so long, seconds.", ge=1, le=3600
+    )
+    wait_s: float = option(
+        0.0, "How long to wait for another job's lease to end, seconds.", ge=0, le=86400
+    )
+    timeout_s: float = option(3600.0, "Deadline of one batch of rollouts, seconds.", gt=0)
+
+
+@dataclass
+class ServeConfig:
+    """`rlalign serve`: one engine for many jobs."""
+
+    model: str = option(MISSING, "HF folder or hub id, or `mini:<task>` for a model built here.")
+    seed: int = option(0, "Of a model that is built here.", ge=0)
+    name: str = option("default", "Jobs find the server by it: rollout.server.name.")
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(0, "Port to listen on; 0: a free one.", ge=0, le=65535)
+    allow_plain_http: bool = option(
+        False, "Listen on an address that others can reach, without TLS: tokens can be read."
+    )
+    dtype: str = option(
+        "float32", "Of weights and activations.", choices=("float32", "bfloat16", "float16")
+    )
+    device: str = option("auto", "Where the engine runs.", choices=("auto", "cpu", "cuda"))
+    max_len: int = option(2048, "Longest sequence, prompt and completion, tokens.", ge=2)
+    num_threads: int = option(0, "Threads of the engine on a CPU; 0: torch's own.", ge=0)
+    start_timeout_s: float = option(600.0, "Deadline of the engine's start, seconds.", gt=0)
+    max_body_mib: int = option(64, "Largest request.", ge=1)
+    vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
+
+
+@dataclass
 class RolloutConfig:
     """How samples are made."""
 
     engine: str = option(
-        "vllm", "hf shares the trainer's parameters; vllm runs beside it.", choices=("hf", "vllm")
+        "vllm",
+        "hf shares the trainer's parameters; vllm runs beside it; server: see `rlalign serve`.",
+        choices=("hf", "vllm", "server"),
     )
     max_completion_length: int = option(256, "Longest completion, tokens.", ge=1)
     temperature: float = option(
@@ -55,3 +96,4 @@ class RolloutConfig:
         gt=0,
     )
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
+    server: ServerConfig = section(ServerConfig, "The rollout server to use.")

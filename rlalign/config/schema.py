@@ -14,7 +14,7 @@ from omegaconf import MISSING
 
 from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig
 from rlalign.config.fields import option, section
-from rlalign.config.rollout import RolloutConfig, VllmConfig
+from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 
 __all__ = [
     "AlgoConfig",
@@ -28,6 +28,8 @@ __all__ = [
     "RewardSpec",
     "RewardsConfig",
     "RolloutConfig",
+    "ServeConfig",
+    "ServerConfig",
     "TaskConfig",
     "TrackingConfig",
     "TrainerConfig",

@@ -52,6 +52,10 @@ class WeightStage:
         """What arrived is in use now."""
         self.arrived, self.in_use = self.in_use or {}, self.arrived
 
+    def forget(self) -> None:
+        """Neither is in use: the model folder is again."""
+        self.arrived, self.in_use = self.in_use or self.arrived, None
+
     def _copy(self, own_name: str, tensor: torch.Tensor) -> torch.Tensor:
         return self.arrived[own_name].copy_(tensor)
 

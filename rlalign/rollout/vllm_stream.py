@@ -153,6 +153,24 @@ class VllmStream:
         self.version = PolicyVersion(version, digest)
         return self.version
 
+    def reset_weights(self) -> PolicyVersion:
+        """Go back to the weights of the model folder, version 0.
+
+        Raises EngineError when vLLM fails to load them; this engine is then of no use.
+        """
+        self.check_usable()
+        try:
+            vllm_weights.load_folder(self._engine, self._model_path)
+        except Exception as error:  # as in update_weights
+            self._broken = (
+                f"vLLM could not load the weights of {self._model_path!r} again: "
+                f"{type(error).__name__}: {error}"
+            )
+            raise EngineError(f"{self._broken}: close this engine and start another") from error
+        self._stage.forget()
+        self.version = PolicyVersion(0, "")
+        return self.version
+
     def _roll_back(self, cause: Exception) -> None:
         try:
             vllm_weights.roll_back(self._engine, self._stage.in_use, self._model_path)

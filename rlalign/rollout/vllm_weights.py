@@ -21,6 +21,12 @@ def load(engine: Any, weights: dict[str, torch.Tensor]) -> None:
     _after_load(engine)
 
 
+def load_folder(engine: Any, model_path: str) -> None:
+    """Load the weights of a model folder. Whatever vLLM raises passes."""
+    _worker(engine).reload_weights(weights_path=model_path)
+    _after_load(engine)
+
+
 def roll_back(engine: Any, weights: dict[str, torch.Tensor] | None, model_path: str) -> None:
     """After a `load` that broke off: load `weights`, or the model folder where there are none."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload

@@ -172,6 +172,15 @@ def build_rollout_engine(policy: Policy, tokenizer, config: Config, world: World
         from rlalign.rollout.hf import HFEngine
 
         return HFEngine(policy.model, tokenizer, max_batch_size=config.rollout.max_batch_size)
+    if config.rollout.engine == "server":
+        from rlalign.rollout.client import RolloutClient
+
+        if world.size > 1:
+            raise ConfigError(
+                f"rollout.engine = 'server' serves one process a job, this run has {world.size}: "
+                "use rollout.engine=vllm"
+            )
+        return RolloutClient(config.name, tokenizer, config.rollout.server)
     from rlalign.rollout.vllm import VllmEngine
 
     return VllmEngine(

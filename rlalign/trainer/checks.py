@@ -14,7 +14,7 @@ def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
     _check_rewards(config)
     _check_trainer(config)
-    if config.rollout.engine == "vllm":
+    if config.rollout.engine in ("vllm", "server"):
         _check_vllm(config)
 
 

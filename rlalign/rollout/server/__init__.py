@@ -1,0 +1,1 @@
+"""The rollout server: one engine that outlives the jobs which sample from it."""

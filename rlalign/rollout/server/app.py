@@ -1,0 +1,245 @@
+"""The server's routes: leases, weights, and sequences as token ids in and out.
+
+Every answer is JSON; a refusal is `{"error": reason}`. `draw` streams one line of JSON for each
+finished sequence, and an empty one every few seconds, so that no side has to guess whether the
+other is alive.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import secrets
+import shutil
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.routing import Match, Route
+
+from rlalign.errors import RlalignError
+from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody, WeightsBody
+from rlalign.rollout.server.doors import Doors, TooLarge
+from rlalign.rollout.server.engine_host import EngineHost, EngineLost, Refused, Sequence
+from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
+from rlalign.types import PolicyVersion
+
+ALIVE_S = 2.0  # between two lines of a stream on which nothing happens
+REAP_S = 0.25  # between two looks for leases that are over
+PROTOCOL = 1  # what client and server must agree on
+
+STATUS = {TooLarge: 413, Busy: 409, JobError: 404, Refused: 400, EngineLost: 503, TimeoutError: 504}
+
+
+class RolloutServer:
+    """The application: an engine, its jobs, and the folder through which weights come.
+
+    `spool` is a private folder, best in memory; `describe` is told to every client.
+    """
+
+    def __init__(self, host: EngineHost, spool: Path, describe: Mapping[str, Any]) -> None:
+        self._host, self._spool, self._describe = host, spool, dict(describe)
+        self._jobs = JobTable()
+        self._freed = asyncio.Condition()
+        self.probe = secrets.token_hex(16)
+        (spool / "probe").write_text(self.probe)
+
+    def asgi(self, tokens: Mapping[str, str], max_body_bytes: int) -> Any:
+        """The application behind its doors."""
+        table: list[tuple[str, str, str | None, Callable[[Request], Awaitable[Any]]]] = [
+            ("GET", "/health", None, self.health),
+            ("GET", "/v1/server", "generate", self.server),
+            ("POST", "/v1/jobs", "job", self.acquire),
+            ("POST", "/v1/jobs/{job}/heartbeat", "job", self.heartbeat),
+            ("DELETE", "/v1/jobs/{job}", "job", self.release),
+            ("POST", "/v1/jobs/{job}/weights", "job", self.weights),
+            ("POST", "/v1/jobs/{job}/draw", "generate", self.draw),
+            ("POST", "/v1/jobs/{job}/score", "generate", self.score),
+        ]
+        routes = [
+            Route(path, _plain(handler), methods=[method]) for method, path, _, handler in table
+        ]
+        scopes = {(method, path): scope for method, path, scope, _ in table}
+        app = Starlette(routes=routes, lifespan=self._lifespan)
+        return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes)
+
+    # --- routes ----------------------------------------------------------------------------------
+
+    async def health(self, request: Request) -> Any:
+        if self._host.failure:
+            raise EngineLost(self._host.failure)
+        return {"status": "ok" if self._host.alive else "starting the engine"}
+
+    async def server(self, request: Request) -> Any:
+        return {
+            **self._describe,
+            "protocol": PROTOCOL,
+            "max_len": self._host.ready.get("max_len"),
+            "waiting": len(self._host.queue),
+            "in_flight": self._host.in_flight,
+            "generated_tokens": self._host.counters.generated_tokens,
+            "restarts": self._host.counters.restarts,
+            "jobs": [_public(job) for job in self._jobs],
+        }
+
+    async def acquire(self, request: Request) -> Any:
+        body = AcquireBody.model_validate_json(await request.body())
+        job = await self._acquire(body)
+        (self._spool / job.id).mkdir(mode=0o700)
+        return {**_public(job), "spool": str(self._spool / job.id), "probe": self.probe}
+
+    async def heartbeat(self, request: Request) -> Any:
+        return _public(self._jobs.renew(request.path_params["job"]))
+
+    async def release(self, request: Request) -> Any:
+        job = self._jobs.release(request.path_params["job"])
+        await self._end(job)
+        return {"released": job.id}
+
+    async def weights(self, request: Request) -> Any:
+        job = self._jobs.renew(request.path_params["job"])
+        version = WeightsBody.model_validate_json(await request.body()).version
+        folder = self._spool / job.id / str(version)
+        if not any(folder.glob("*.safetensors")):
+            raise Refused(f"{folder} holds no safetensors files of version {version}")
+        digest = await self._host.update_weights(folder, version)
+        job.version = PolicyVersion(version, digest)
+        for old in folder.parent.iterdir():
+            if old != folder:
+                shutil.rmtree(old, ignore_errors=True)
+        return {"version": version, "digest": digest}
+
+    async def draw(self, request: Request) -> Any:
+        job = self._jobs.renew(request.path_params["job"])
+        body = DrawBody.model_validate_json(await request.body())
+        sequences = {}
+        for i, item in enumerate(body.requests):
+            for j, seed in enumerate(item.seeds):
+                message = {
+                    "kind": "draw", "ids": item.ids, "seed": seed,
+                    "params": body.params.model_dump(),
+                }  # fmt: skip
+                cost = len(item.ids) + body.params.max_completion_length
+                sequences[self._host.submit(job.id, message, cost)] = (i, j)
+        return StreamingResponse(self._lines(sequences), media_type="application/x-ndjson")
+
+    async def score(self, request: Request) -> Any:
+        job = self._jobs.renew(request.path_params["job"])
+        body = ScoreBody.model_validate_json(await request.body())
+        sequences = [
+            self._host.submit(job.id, {"kind": "score", "ids": ids}, len(ids))
+            for ids in body.sequences
+            if len(ids) > 1
+        ]
+        try:
+            results = iter([(await sequence.result)["logp"] for sequence in sequences])
+        finally:
+            self._host.cancel(sequences)
+        return {"logp": [next(results) if len(ids) > 1 else [] for ids in body.sequences]}
+
+    # --- what they stand on ----------------------------------------------------------------------
+
+    async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
+        """A line for each sequence as it ends. A client that goes away takes the rest along."""
+        pending = {sequence.result: sequence for sequence in sequences}
+        try:
+            while pending:
+                done, _ = await asyncio.wait(
+                    pending, timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED
+                )
+                if not done:
+                    yield b"\n"
+                for future in done:
+                    i, j = sequences[pending.pop(future)]
+                    yield _line({**future.result(), "request": i, "index": j})
+            yield _line({"end": len(sequences)})
+        except (RlalignError, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and not _over(pending):
+                raise
+            yield _line({"error": str(error) or "the job is over: its lease ended"})
+        finally:
+            self._host.cancel(list(pending.values()))
+
+    async def _acquire(self, body: AcquireBody) -> Job:
+        """Wait for the lease as long as the client wants to."""
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + body.wait_s
+        while True:
+            try:
+                return self._jobs.acquire(body.name, body.kind, body.ttl_s)
+            except Busy:
+                left = deadline - loop.time()
+                if left <= 0:
+                    raise
+            with contextlib.suppress(TimeoutError):
+                async with self._freed, asyncio.timeout(left):
+                    await self._freed.wait()
+
+    async def _end(self, job: Job) -> None:
+        """What a job leaves behind goes; the engine is back on its own weights before the next."""
+        self._host.drop_job(job.id)
+        await self._host.reset_weights()
+        shutil.rmtree(self._spool / job.id, ignore_errors=True)
+        async with self._freed:
+            self._freed.notify_all()
+
+    @contextlib.asynccontextmanager
+    async def _lifespan(self, app: Any):
+        reaper = asyncio.create_task(self._reap())
+        yield
+        reaper.cancel()
+
+    async def _reap(self) -> None:
+        while True:
+            await asyncio.sleep(REAP_S)
+            for job in self._jobs.expired():
+                with contextlib.suppress(EngineLost, TimeoutError):
+                    await self._end(job)
+
+
+def _over(pending: Mapping[asyncio.Future[Any], Any]) -> bool:
+    """Whether a cancellation is that of the job's sequences, not that of the client."""
+    task = asyncio.current_task()
+    return task is not None and not task.cancelling()
+
+
+def _plain(handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
+    """Answers as JSON, and what may go wrong as a status with a reason."""
+
+    async def route(request: Request) -> Any:
+        try:
+            answer = await handler(request)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "the body"
+            return JSONResponse({"error": f"{where}: {first['msg']}"}, 400)
+        except ClientDisconnect:
+            return JSONResponse({"error": "the client went away"}, 400)
+        except tuple(STATUS) as error:
+            status = next(code for kind, code in STATUS.items() if isinstance(error, kind))
+            return JSONResponse({"error": str(error)}, status)
+        return answer if isinstance(answer, StreamingResponse) else JSONResponse(answer)
+
+    return route
+
+
+def _registered(routes: list[Route], method: str, path: str) -> str | None:
+    """The path a route was registered under that takes this request."""
+    scope = {"type": "http", "method": method, "path": path, "root_path": ""}
+    return next((route.path for route in routes if route.matches(scope)[0] == Match.FULL), None)
+
+
+def _public(job: Job) -> dict[str, Any]:
+    return {
+        "id": job.id, "name": job.name, "kind": job.kind, "ttl_s": job.ttl_s,
+        "version": job.version.version, "digest": job.version.digest,
+    }  # fmt: skip
+
+
+def _line(message: dict[str, Any]) -> bytes:
+    return json.dumps(message).encode() + b"\n"

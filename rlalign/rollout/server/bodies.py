@@ -1,0 +1,54 @@
+"""What a client may send: every field has a type and a range, and nothing else is taken."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+MAX_SEQUENCES = 65_536  # of one call
+
+
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class AcquireBody(Body):
+    name: Annotated[str, Field(min_length=1, max_length=200)]
+    kind: Literal["full"] = "full"
+    ttl_s: Annotated[float, Field(ge=1, le=3600)] = 60.0
+    wait_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+
+
+class WeightsBody(Body):
+    version: Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class Params(Body):
+    """`SamplingParams` of rlalign.rollout.engine."""
+
+    max_completion_length: Annotated[int, Field(ge=1, lt=2**31)]
+    temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
+    ignore_eos: bool = False
+
+
+class Prompt(Body):
+    ids: Annotated[list[TokenId], Field(min_length=1)]
+    seeds: Annotated[
+        list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1, max_length=MAX_SEQUENCES)
+    ]
+
+
+class DrawBody(Body):
+    requests: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_SEQUENCES)]
+    params: Params
+
+
+class ScoreBody(Body):
+    sequences: Annotated[
+        list[Annotated[list[TokenId], Field(min_length=1)]], Field(max_length=MAX_SEQUENCES)
+    ]

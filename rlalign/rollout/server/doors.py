@@ -1,0 +1,117 @@
+"""Who may come in: three tokens with growing rights, checked before any route is looked at.
+
+`generate` samples and scores, `job` also takes leases and changes weights, `admin` also stops the
+server. A token of a higher scope opens the doors of the lower ones. What is not in the table of
+scopes is closed to everybody, so a new route cannot be left open by mistake.
+"""
+
+from __future__ import annotations
+
+import hmac
+import json
+import secrets
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any
+
+from rlalign.errors import RlalignError
+
+SCOPES = ("generate", "job", "admin")  # each opens the doors of those before it
+TOKEN_BYTES = 32
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+
+
+def make_tokens() -> dict[str, str]:
+    """A fresh token for each scope."""
+    return {scope: secrets.token_urlsafe(TOKEN_BYTES) for scope in SCOPES}
+
+
+class TooLarge(RlalignError):
+    """A body without a length that went on for too long; raised where the route reads it."""
+
+
+class Doors:
+    """ASGI middleware: authentication, scopes, and the size of a request's body.
+
+    `scopes` maps (method, path of the route as registered) to a scope or None (open to all);
+    `match` finds the registered path of a request.
+    """
+
+    def __init__(
+        self,
+        app: Any,
+        tokens: Mapping[str, str],
+        scopes: Mapping[tuple[str, str], str | None],
+        match: Callable[[str, str], str | None],
+        max_body_bytes: int,
+    ) -> None:
+        self._app, self._tokens, self._scopes = app, dict(tokens), dict(scopes)
+        self._match, self._max_body_bytes = match, max_body_bytes
+
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            return await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            return None
+        refusal = self._refusal(scope)
+        if refusal is not None:
+            return await _answer(send, *refusal)
+        await self._app(scope, self._limited(receive), send)
+
+    def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
+        """Status and reason, or None where the request may pass."""
+        headers = {name.lower(): value for name, value in scope["headers"]}
+        method, path = scope["method"], self._match(scope["method"], scope["path"])
+        if path is not None and self._scopes.get((method, path), "") is None:
+            return None
+        granted = self._granted(headers.get(b"authorization", b""))
+        if granted is None:
+            return 401, "a valid token is needed: Authorization: Bearer TOKEN"
+        wanted = self._scopes.get((method, path)) if path is not None else None
+        if wanted is None:
+            return 404, f"there is no {method} {scope['path']}"
+        if SCOPES.index(granted) < SCOPES.index(wanted):
+            return (
+                403,
+                f"{method} {path} needs a token of scope {wanted!r}, this one is {granted!r}",
+            )
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit():
+            return 400, "Content-Length is no number"
+        return (413, self._too_large()) if int(length) > self._max_body_bytes else None
+
+    def _granted(self, header: bytes) -> str | None:
+        """The scope of the token in an Authorization header. All are compared, in constant time."""
+        kind, _, given = header.partition(b" ")
+        found = None
+        for scope, token in self._tokens.items():
+            if hmac.compare_digest(given.strip(), token.encode()) and kind.lower() == b"bearer":
+                found = scope
+        return found
+
+    def _limited(self, receive: Receive) -> Receive:
+        """Bodies without a length are counted as they come."""
+        size = 0
+
+        async def counting() -> dict[str, Any]:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > self._max_body_bytes:
+                raise TooLarge(self._too_large())
+            return message
+
+        return counting
+
+    def _too_large(self) -> str:
+        return f"the body has more than {self._max_body_bytes} bytes"
+
+
+async def _answer(send: Send, status: int, reason: str) -> None:
+    body = json.dumps({"error": reason}).encode()
+    headers = [(b"content-type", b"application/json")]
+    if status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

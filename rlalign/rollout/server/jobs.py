@@ -1,0 +1,99 @@
+"""Jobs and their leases: who may use the server, for how long, and under which policy.
+
+A job lives as long as its trainer says so: a lease that no heartbeat renews within its time to live
+ends by itself. A job of kind `full` owns the weights, so there is one of them at a time.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from rlalign.errors import RlalignError
+from rlalign.types import PolicyVersion
+
+KINDS = ("full",)
+LOWEST_TTL_S, HIGHEST_TTL_S = 1.0, 3600.0
+
+
+class JobError(RlalignError):
+    """A lease that cannot be given or does not exist; the message says whose it is and what to
+    do."""
+
+
+class Busy(JobError):
+    """Another job has what this one wants; it may be had later."""
+
+
+@dataclass
+class Job:
+    """One lease. `version` is that of the weights the engine holds for it: 0 with an empty digest
+    before the first update."""
+
+    id: str
+    name: str
+    kind: str
+    ttl_s: float
+    expires: float  # of the table's clock
+    version: PolicyVersion = field(default_factory=lambda: PolicyVersion(0, ""))
+
+
+class JobTable:
+    """All leases. `clock` counts seconds and never goes back."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._jobs: dict[str, Job] = {}
+
+    def __iter__(self):
+        return iter(list(self._jobs.values()))
+
+    def acquire(self, name: str, kind: str = "full", ttl_s: float = 60.0) -> Job:
+        """A new lease. Raises Busy where a full job has the weights, JobError for arguments that
+        make no sense."""
+        if not name or len(name) > 200:
+            raise JobError(f"a job needs a name of 1 to 200 characters, not {len(name)}")
+        if kind not in KINDS:
+            raise JobError(f"unknown kind of job {kind!r}; choose one of {', '.join(KINDS)}")
+        if not LOWEST_TTL_S <= ttl_s <= HIGHEST_TTL_S:
+            raise JobError(
+                f"ttl_s is {ttl_s:g}; it must be within {LOWEST_TTL_S:g} to {HIGHEST_TTL_S:g}"
+            )
+        for job in self:
+            raise Busy(
+                f"job {job.name!r} has the server's weights for another "
+                f"{max(0.0, job.expires - self._clock()):.0f} s unless it renews its lease: wait "
+                "for it (rollout.server.wait_s), or use another server"
+            )
+        job = Job(secrets.token_hex(8), name, kind, ttl_s, self._clock() + ttl_s)
+        self._jobs[job.id] = job
+        return job
+
+    def get(self, job_id: str) -> Job:
+        """Raises JobError for a job that is over or never was."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            raise JobError(
+                f"there is no job {job_id!r}: its lease ended, because it was released or no "
+                "heartbeat came within its time to live. Acquire a new one."
+            )
+        return job
+
+    def renew(self, job_id: str) -> Job:
+        job = self.get(job_id)
+        job.expires = self._clock() + job.ttl_s
+        return job
+
+    def release(self, job_id: str) -> Job:
+        job = self.get(job_id)
+        del self._jobs[job_id]
+        return job
+
+    def expired(self) -> list[Job]:
+        """Leases that are past their time, and now gone."""
+        late = [job for job in self if job.expires <= self._clock()]
+        for job in late:
+            del self._jobs[job.id]
+        return late

@@ -1,0 +1,148 @@
+"""`rlalign serve MODEL`: start the engine, then listen until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import ipaddress
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import uvicorn
+
+from rlalign.config.load import ConfigError
+from rlalign.config.schema import ServeConfig
+from rlalign.models.load import resolve_model_path
+from rlalign.rollout.server.app import RolloutServer
+from rlalign.rollout.server.connection import connection_path, write_connection
+from rlalign.rollout.server.doors import make_tokens
+from rlalign.rollout.server.engine_host import EngineHost
+
+MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
+DRAIN_S = 5  # what requests in flight have left when the server is told to stop
+
+
+def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = None) -> None:
+    """Serve `config.model` until SIGINT or SIGTERM; `on_ready` is told the URL and the connection
+    file once requests are taken.
+
+    Raises ConfigError for an address that others can reach, and EngineLost where the engine cannot
+    start.
+    """
+    _check_address(config)
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_listen(config))
+        spool = Path(stack.enter_context(_spool()))
+        asyncio.run(_run(config, listener, spool, on_ready))
+
+
+async def _run(
+    config: ServeConfig,
+    listener: socket.socket,
+    spool: Path,
+    on_ready: Callable[[str, Path], None] | None,
+) -> None:
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    setup = {
+        "model": resolve_model_path(config.model, config.seed),
+        "vllm": dataclasses.asdict(config.vllm),
+        "max_len": config.max_len,
+        "dtype": config.dtype,
+        "device": device,
+        "num_threads": config.num_threads,
+    }
+    # Twice what runs together, so that a sequence is at hand when another one ends.
+    slots = 2 * config.vllm.max_num_seqs
+    host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s)
+    try:
+        await host.start()
+        await _listen_until_stopped(config, host, listener, spool, on_ready)
+    finally:
+        await host.close()
+
+
+async def _listen_until_stopped(
+    config: ServeConfig,
+    host: EngineHost,
+    listener: socket.socket,
+    spool: Path,
+    on_ready: Callable[[str, Path], None] | None,
+) -> None:
+    tokens, path = make_tokens(), connection_path(config.name)
+    described = {"model": config.model, "dtype": config.dtype, "name": config.name}
+    app = RolloutServer(host, spool, described).asgi(tokens, config.max_body_mib * 2**20)
+    server = _Server(
+        uvicorn.Config(
+            app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+        )
+    )
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    address, port = listener.getsockname()[:2]
+    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    write_connection(path, url, tokens)
+    try:
+        if on_ready is not None:
+            on_ready(url, path)
+        await server.serve(sockets=[listener])
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+
+
+class _Server(uvicorn.Server):
+    """uvicorn that leaves signals to us: it would raise them again before we have cleaned up."""
+
+    def stop(self) -> None:
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self):
+        yield
+
+
+def _check_address(config: ServeConfig) -> None:
+    try:
+        loopback = ipaddress.ip_address(config.host).is_loopback
+    except ValueError:
+        raise ConfigError(f"host = {config.host!r} is no IP address; use 127.0.0.1") from None
+    if not loopback and not config.allow_plain_http:
+        raise ConfigError(
+            f"host = {config.host!r} can be reached by others, and this server speaks plain HTTP: "
+            "whoever listens reads the tokens. Use 127.0.0.1 and a tunnel or a proxy with TLS, or "
+            "set allow_plain_http=true where the network is yours"
+        )
+
+
+def _listen(config: ServeConfig) -> socket.socket:
+    """A bound socket: a port that is taken is known before the engine is started."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((config.host, config.port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"cannot listen on {config.host} port {config.port}: {error.strerror}; port=0 takes a "
+            "free one"
+        ) from error
+    return listener
+
+
+@contextlib.contextmanager
+def _spool():
+    """A private folder for weights on their way, in memory where that can be had."""
+    folder = tempfile.mkdtemp(prefix="rlalign-", dir=MEMORY if MEMORY.is_dir() else None)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
