@@ -18,6 +18,7 @@ from rich.table import Table
 
 from rlalign.errors import RlalignError
 
+SIDE_BY_SIDE = 6  # sides that fit beside each other on a terminal
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
@@ -43,15 +44,19 @@ def run(name: str, *, quick: bool = False, json_path: Path | None = None) -> dic
 
 
 def render(result: Mapping[str, Any]) -> Group:
-    """What was measured as one table, a column for each row of the result (figures are many, sides
-    are few), and the bars as another."""
+    """What was measured as one table and the bars as another. Few sides stand side by side, with
+    their many figures below them; many stand one below the other."""
     title = f"{result['name']} on {result['machine']}"
+    rows: list[dict[str, Any]] = result["rows"]
+    names = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [[name, *(_text(row.get(name)) for row in rows)] for name in names]
+    if len(rows) > SIDE_BY_SIDE:
+        lines = [list(line) for line in zip(*lines, strict=True)]
     figures = Table(title=title, show_lines=True, show_header=False)
-    for _ in range(1 + len(result["rows"])):
+    for _ in lines[0] if lines else ():
         figures.add_column(overflow="fold")
-    figure_names = list(dict.fromkeys(key for row in result["rows"] for key in row))
-    for name in figure_names:
-        figures.add_row(name, *(_text(row.get(name)) for row in result["rows"]))
+    for line in lines:
+        figures.add_row(*line)
     bars = Table("bar", "value", "wanted", "holds")
     for bar in result["bars"]:
         holds = "[green]yes[/green]" if bar["holds"] else "[red]no[/red]"

@@ -18,10 +18,12 @@ from typing import Any
 
 import httpx
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from rlalign.config.schema import ServerConfig
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
+from rlalign.rollout.limits import Limits
 from rlalign.rollout.server.connection import ConnectionFileError, connection_path, read_connection
 from rlalign.types import (
     FINISH_ABORT,
@@ -68,6 +70,7 @@ class RolloutClient:
         lease = self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
         self._job = f"/v1/jobs/{lease['id']}"
         self._spool = _shared_folder(lease)
+        self._limits = Limits(lease["vocab"], lease["max_len"])
         self._version = PolicyVersion(0, "")
         self._lost = ""  # why the lease is gone
         self._heart = threading.Thread(target=self._beat, name="rollout-lease", daemon=True)
@@ -85,6 +88,8 @@ class RolloutClient:
         Raises EngineError for requests that the server refuses, for a lease or an engine that is
         lost, and after `rollout.server.timeout_s`.
         """
+        self._check_usable()
+        self._limits.check(requests, params)
         body = {
             "requests": [{"ids": r.token_ids, "seeds": r.seeds} for r in requests if r.seeds],
             "params": {
@@ -115,6 +120,9 @@ class RolloutClient:
                 f"the server's vLLM scores at temperature 1 only, not {temperature}: use generate, "
                 "whose log-probs are those of the sampling temperature"
             )
+        self._check_usable()
+        for i, sequence in enumerate(sequences):
+            self._limits.check_ids(sequence, 0, f"sequence {i}")
         body = {"sequences": [list(sequence) for sequence in sequences]}
         answer = self._call("POST", f"{self._job}/score", body, timeout_s=self._cfg.timeout_s)
         return [torch.tensor(logp, dtype=torch.float32) for logp in answer["logp"]]
@@ -127,19 +135,16 @@ class RolloutClient:
 
         Raises EngineError, with the old weights in use, for weights that the engine refuses.
         """
+        self._check_usable()
         folder = self._spool / str(version)
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(mode=0o700)
             for i, (name, tensor) in enumerate(parameters):
-                plain = tensor.detach().cpu().contiguous()
-                save_file({name: plain}, folder / f"{i:06}.safetensors")
-        except OSError as error:
+                _write(folder / f"{i:06}.safetensors", name, tensor)
+        except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
-            raise EngineError(
-                f"the weights of version {version} cannot be written to {folder}: {error}. Make "
-                "room there; the server still has the old weights"
-            ) from error
+            raise
         answer = self._call(
             "POST", f"{self._job}/weights", {"version": version}, timeout_s=self._cfg.timeout_s
         )
@@ -269,6 +274,16 @@ def _shared_folder(lease: dict[str, Any]) -> Path:
             "the server's machine and as its user"
         )
     return folder
+
+
+def _write(path: Path, name: str, tensor: torch.Tensor) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous()}, path)
+    except (OSError, SafetensorError) as error:
+        raise EngineError(
+            f"weight {name!r} cannot be written to {path}: {error}. Make room there; the server "
+            "still has the old weights"
+        ) from error
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -83,11 +83,7 @@ class VllmEngine:
         """
         stream = self._stream
         stream.check_usable()
-        stream.check_params(params)
-        for request in requests:
-            name = f"prompt {request.prompt_id!r}"
-            stream.check_ids(request.token_ids, params.max_completion_length, name)
-            stream.check_seeds(request.seeds, name)
+        stream.limits.check(requests, params)
         work = [
             (request.token_ids, stream.sampling(params, seed))
             for request in requests
@@ -111,7 +107,7 @@ class VllmEngine:
             )
         self._stream.check_usable()
         for i, sequence in enumerate(sequences):
-            self._stream.check_ids(sequence, 0, f"sequence {i}")
+            self._stream.limits.check_ids(sequence, 0, f"sequence {i}")
         work = [
             (sequence[:-1], self._stream.scoring(sequence[-1]))
             for sequence in sequences

@@ -19,11 +19,9 @@ from rlalign.config.schema import VllmConfig
 from rlalign.rollout import vllm_start, vllm_weights
 from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.hf import eos_token_ids
+from rlalign.rollout.limits import Limits
 from rlalign.rollout.staging import WeightStage
 from rlalign.types import PolicyVersion
-
-LOWEST_TEMPERATURE = 0.01  # vLLM clamps what is below, without an error
-HIGHEST_TEMPERATURE = 2.0
 
 _live: weakref.ref[VllmStream] | None = None  # vLLM's parallel state is one per process
 
@@ -62,8 +60,7 @@ class VllmStream:
                 f"neither the tokenizer nor the model in {model_path!r} names an end-of-sequence "
                 "token, so no completion could end: set tokenizer.eos_token"
             )
-        self.vocab = model.config.get_text_config().vocab_size
-        self.max_len = max_len
+        self.limits = Limits(model.config.get_text_config().vocab_size, max_len)
         self._model_path, self._device, self._cfg = model_path, device, cfg
         self._stage = WeightStage(model, getattr(torch, dtype))
         self._broken: str | None = None
@@ -210,44 +207,11 @@ class VllmStream:
             torch.cuda.empty_cache()
         _live = None
 
-    # --- checks ----------------------------------------------------------------------------------
-
     def check_usable(self) -> None:
         if self._engine is None:
             raise EngineError("the engine was closed; create a new one")
         if self._broken is not None:
             raise EngineError(f"{self._broken}: close this engine and start another")
-
-    def check_params(self, params: SamplingParams) -> None:
-        low, high = LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE
-        if params.temperature != 0 and not low <= params.temperature <= high:
-            raise EngineError(
-                f"temperature {params.temperature}: vLLM samples at {low} to {high}, or 0 (greedy)"
-            )
-        if params.max_completion_length < 1:
-            raise EngineError(
-                f"max_completion_length is {params.max_completion_length}; it must be at least 1"
-            )
-
-    def check_seeds(self, seeds: Sequence[int], name: str) -> None:
-        if any(not 0 <= seed < 2**63 for seed in seeds):
-            raise EngineError(f"{name}: a seed must be in [0, 2^63), got {tuple(seeds)}")
-
-    def check_ids(self, ids: Sequence[int], extra: int, name: str) -> None:
-        """That `ids` are tokens of this model and leave room for `extra` more."""
-        if not ids:
-            raise EngineError(f"{name} has no tokens; the model needs at least one to start from")
-        if not 0 <= min(ids) <= max(ids) < self.vocab:
-            raise EngineError(
-                f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
-                f"{self.vocab - 1}: model and tokenizer do not belong together"
-            )
-        if len(ids) + extra > self.max_len:
-            raise EngineError(
-                f"{name} has {len(ids)} tokens, which with {extra} of completion exceeds the "
-                f"engine's longest sequence of {self.max_len}: raise rollout.vllm.max_model_len, "
-                "or lower task.max_prompt_length or rollout.max_completion_length"
-            )
 
 
 def sequence_logp(output: Any) -> list[float]:

@@ -80,7 +80,7 @@ def _check_trainer(config: Config) -> None:
 
 
 def _check_vllm(config: Config) -> None:
-    from rlalign.rollout.vllm_stream import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
+    from rlalign.rollout.limits import HIGHEST_TEMPERATURE, LOWEST_TEMPERATURE
 
     rollout = config.rollout
     if not LOWEST_TEMPERATURE <= rollout.temperature <= HIGHEST_TEMPERATURE:

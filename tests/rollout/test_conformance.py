@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlalign.config.schema import RolloutConfig, VllmConfig
+from rlalign.config.schema import RolloutConfig, ServerConfig, VllmConfig
 from rlalign.models.random import write_random_model
+from rlalign.rollout.client import RolloutClient
 from rlalign.rollout.engine import RolloutEngine
 from rlalign.rollout.hf import HFEngine
 from rlalign.rollout.vllm import VllmEngine
@@ -28,6 +29,7 @@ from tests.rollout.conformance import (
     WEIGHT_CHECKS,
     Subject,
 )
+from tests.rollout.live_server import LiveServer
 
 
 def hf_engine(path: str, tokenizer) -> RolloutEngine:
@@ -42,17 +44,27 @@ def vllm_engine(path: str, tokenizer) -> RolloutEngine:
     return VllmEngine(path, tokenizer, cfg, max_prompt_length=MAX_PROMPT)
 
 
+class ServedEngine(RolloutClient):
+    """A job on a server of its own, which ends with it."""
+
+    def __init__(self, path: str, tokenizer) -> None:
+        folder = Path(path)
+        self._server = LiveServer(folder, folder.parent, f"vllm.max_num_seqs={MAX_BATCH}")
+        connection = ServerConfig(name=str(self._server.connection))
+        super().__init__("conformance", tokenizer, connection)
+
+    def close(self) -> None:
+        super().close()
+        self._server.close()
+
+
+NEEDS_VLLM = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
+)
 ENGINES = {
     "hf": (hf_engine, ()),
-    "vllm": (
-        vllm_engine,
-        (
-            pytest.mark.xdist_group("vllm"),
-            pytest.mark.skipif(
-                importlib.util.find_spec("vllm") is None, reason="vllm is not installed"
-            ),
-        ),
-    ),
+    "vllm": (vllm_engine, (pytest.mark.xdist_group("vllm"), NEEDS_VLLM)),
+    "server": (ServedEngine, (pytest.mark.xdist_group("vllm"), NEEDS_VLLM)),
 }
 
 

@@ -248,6 +248,15 @@ def test_the_list_of_doors_is_complete_and_the_rest_is_wall(server):
             assert http.get(path).status_code == 404
 
 
+def test_a_name_that_is_in_use_is_refused_at_once(server, folder):
+    from rlalign import serve
+    from rlalign.rollout.server.connection import ConnectionFileError
+
+    with pytest.raises(ConnectionFileError, match=f"process {server.process.pid} serves"):
+        serve(str(folder), [f"name={server.connection}"])
+    assert json.loads(server.connection.read_text())["pid"] == server.process.pid
+
+
 def test_the_tokens_are_the_owners_alone(server):
     assert server.connection.stat().st_mode & 0o777 == 0o600
     assert server.connection.stat().st_uid == os.getuid()
@@ -298,7 +307,7 @@ def test_a_body_that_is_too_large_is_refused_with_and_without_a_length(server):
         assert http.get("/health").json() == {"status": "ok"}
 
 
-def test_an_address_that_others_reach_needs_a_word_of_consent(folder, capsys, tmp_path):
+def test_an_address_that_others_reach_needs_a_word_of_consent(folder):
     from rlalign import serve
     from rlalign.config import ConfigError
 

@@ -91,7 +91,8 @@ class RolloutServer:
         body = AcquireBody.model_validate_json(await request.body())
         job = await self._acquire(body)
         (self._spool / job.id).mkdir(mode=0o700)
-        return {**_public(job), "spool": str(self._spool / job.id), "probe": self.probe}
+        limits = {name: self._host.ready[name] for name in ("vocab", "max_len")}
+        return {**_public(job), **limits, "spool": str(self._spool / job.id), "probe": self.probe}
 
     async def heartbeat(self, request: Request) -> Any:
         return _public(self._jobs.renew(request.path_params["job"]))

@@ -15,6 +15,19 @@ class ConnectionFileError(RlalignError):
     """The file that says where a server is and how to get in is missing or not private."""
 
 
+def refuse_if_taken(path: Path) -> None:
+    """Raise ConnectionFileError where a server that lives wrote the file."""
+    try:
+        pid = json.loads(path.read_text())["pid"]
+        os.kill(pid, 0)
+    except (OSError, ValueError, KeyError, TypeError):  # no file, no process, or none of ours
+        return
+    raise ConnectionFileError(
+        f"process {pid} serves under that name already ({path}): stop it, or give this server "
+        "another one, e.g. name=second"
+    )
+
+
 def write_connection(path: Path, url: str, tokens: Mapping[str, str]) -> None:
     """Where the server is and how to get in, readable by its owner alone."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -40,7 +40,8 @@ def main() -> None:
         stream = start(setup)
     except EngineError as error:
         return channel.send({"kind": "broken", "error": str(error)})
-    channel.send({"kind": "ready", "max_len": stream.max_len, "vocab": stream.vocab})
+    limits = stream.limits
+    channel.send({"kind": "ready", "max_len": limits.max_len, "vocab": limits.vocab})
     try:
         Engine(channel, stream).run()
     except EOFError:  # the server is gone
@@ -117,13 +118,13 @@ class Engine:
 
         stream, seq, ids = self._stream, message["seq"], message["ids"]
         if message["kind"] == "score":
-            stream.check_ids(ids, 0, "the sequence to score")
+            stream.limits.check_ids(ids, 0, "the sequence to score")
             self._scored.add(seq)
             return stream.add(str(seq), ids[:-1], stream.scoring(ids[-1]))
         params = SamplingParams(**message["params"])
-        stream.check_params(params)
-        stream.check_ids(ids, params.max_completion_length, "the prompt")
-        stream.check_seeds([message["seed"]], "the request")
+        stream.limits.check_params(params)
+        stream.limits.check_ids(ids, params.max_completion_length, "the prompt")
+        stream.limits.check_seeds([message["seed"]], "the request")
         stream.add(str(seq), ids, stream.sampling(params, message["seed"]))
 
     def _give(self, output: Any) -> None:

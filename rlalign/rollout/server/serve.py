@@ -20,11 +20,16 @@ from rlalign.config.load import ConfigError
 from rlalign.config.schema import ServeConfig
 from rlalign.models.load import resolve_model_path
 from rlalign.rollout.server.app import RolloutServer
-from rlalign.rollout.server.connection import connection_path, write_connection
+from rlalign.rollout.server.connection import (
+    connection_path,
+    refuse_if_taken,
+    write_connection,
+)
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
+BACKLOG = 2048
 DRAIN_S = 5  # what requests in flight have left when the server is told to stop
 
 
@@ -36,6 +41,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = No
     start.
     """
     _check_address(config)
+    refuse_if_taken(connection_path(config.name))
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_listen(config))
         spool = Path(stack.enter_context(_spool()))
@@ -88,6 +94,7 @@ async def _listen_until_stopped(
         asyncio.get_running_loop().add_signal_handler(number, server.stop)
     address, port = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    listener.listen(BACKLOG)  # before anybody can read where
     write_connection(path, url, tokens)
     try:
         if on_ready is not None:
