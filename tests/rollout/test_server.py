@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -49,10 +50,10 @@ def tokenizer(folder: Path):
 def server(folder: Path, tmp_path_factory) -> Iterator[LiveServer]:
     server = LiveServer(folder, tmp_path_factory.mktemp("server"))
     yield server
-    spool = list(Path("/dev/shm").glob("rlalign-*"))
+    spool = [path.name for path in Path("/dev/shm").glob(f"rlalign-serve-{server.process.pid}-*")]
     assert server.close() == 0, server.log.read_text()
     assert not server.connection.exists()
-    assert len(list(Path("/dev/shm").glob("rlalign-*"))) == len(spool) - 1
+    assert len(spool) == 1 and not Path("/dev/shm", spool[0]).exists()
 
 
 def moved(folder: Path, seed: int = 0):
@@ -73,6 +74,20 @@ def logp_of(model, ids) -> torch.Tensor:
 
 def tokens(engine) -> list[tuple[int, ...]]:
     return [sample.token_ids for sample in engine.generate([REQUEST], PARAMS)[0]]
+
+
+def lives(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def wait_until(condition, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
 
 
 # --- jobs and weights ----------------------------------------------------------------------------
@@ -120,10 +135,7 @@ def test_the_lease_of_a_silent_job_ends_and_its_weights_go(server, folder, token
     assert tokens(engine) != before
     engine._closed.set()  # its heart stops, as that of a process that was killed
     engine._heart.join()
-    deadline = time.monotonic() + 10
-    while server.state()["jobs"]:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_until(lambda: not server.state()["jobs"])
     with server.client(tokenizer, "next") as heir:
         assert heir.version == PolicyVersion(0, "")
         assert tokens(heir) == before
@@ -176,6 +188,25 @@ def test_an_engine_that_is_killed_comes_back_with_the_weights_and_nothing_is_los
         check_engine(engine, ids, logp_of(model, ids), 1e-3)
 
 
+def test_a_server_that_is_killed_takes_its_engine_along_and_the_next_one_cleans_up(
+    folder, tokenizer, tmp_path
+):
+    first = LiveServer(folder, tmp_path)
+    engine, spool = first.engine_pid(), f"rlalign-serve-{first.process.pid}-"
+    client = first.client(tokenizer)
+    first.process.kill()
+    first.process.wait(10)
+    with pytest.raises(EngineError, match=r"does not answer.*rlalign serve MODEL"):
+        client.generate([REQUEST], PARAMS)
+    client.close()
+    wait_until(lambda: not lives(engine))
+    assert any(path.name.startswith(spool) for path in Path("/dev/shm").iterdir())
+    first.connection.unlink()
+    second = LiveServer(folder, tmp_path)
+    assert not any(path.name.startswith(spool) for path in Path("/dev/shm").iterdir())
+    assert second.close() == 0
+
+
 def test_a_client_that_goes_away_takes_its_sequences_along(server, tokenizer):
     with server.client(tokenizer) as engine:
         body = {
@@ -184,10 +215,7 @@ def test_a_client_that_goes_away_takes_its_sequences_along(server, tokenizer):
         }
         with server.http() as http, http.stream("POST", f"{engine._job}/draw", json=body) as answer:
             next(answer.iter_lines())
-        deadline = time.monotonic() + 10
-        while (state := server.state())["waiting"] or state["in_flight"]:
-            assert time.monotonic() < deadline, state
-            time.sleep(0.05)
+        wait_until(lambda: not (server.state()["waiting"] or server.state()["in_flight"]))
         assert len(tokens(engine)) == 3
 
 
