@@ -33,6 +33,8 @@ class VllmConfig:
     timeout_s: float = option(
         3600.0, "Deadline of one batch of rollouts in the engine, seconds.", gt=0
     )
+    max_loras: int = option(0, "LoRA jobs that a server hosts at a time; 0: none.", ge=0)
+    max_lora_rank: int = option(16, "Highest rank of their adapters, a power of two.", ge=8, le=512)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
@@ -82,6 +83,28 @@ def merged_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield f"{layer_name}.{leaf}", parameter.detach()
         elif ".lora_" not in name:
             yield name, parameter.detach()
+
+
+def adapter_weights(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The adapter's own parameters, named as PEFT does in a file, without its prefix."""
+    for name, parameter in model.named_parameters():
+        if ".lora_" in name:
+            yield name.replace(f".{ADAPTER}.", "."), parameter.detach()
+
+
+def adapter_config(model: PreTrainedModel) -> dict[str, Any]:
+    """What an engine must know of the adapter besides its weights: PEFT's adapter_config.json."""
+    config: Any = model.peft_config[ADAPTER]
+    modules = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name, _ in adapter_weights(model)}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "r": config.r,
+        "lora_alpha": config.lora_alpha,
+        "use_rslora": config.use_rslora,
+        "bias": "none",
+        "target_modules": sorted(modules),
+    }
 
 
 def save_weights(model: PreTrainedModel, path: Path) -> None:

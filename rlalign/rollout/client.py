@@ -25,6 +25,7 @@ from rlalign.config.schema import ServerConfig
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.server.connection import ConnectionFileError, connection_path, read_connection
+from rlalign.rollout.vllm_weights import ADAPTER_FILE, ADAPTER_PREFIX
 from rlalign.types import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -42,18 +43,18 @@ SILENCE_S = 60.0  # a stream says something every few seconds, or the server is 
 class RolloutClient:
     """`RolloutEngine` over a server that `rlalign serve` started.
 
-    `lease` names the job. Raises EngineError where there is no such server, and where another job
-    has its weights for longer than `cfg.wait_s`.
+    `name` is the job's. With `adapter`, the content of PEFT's adapter_config.json, the job shares
+    the server's model with others and sends its adapter alone, if the server has room for adapters;
+    otherwise it owns the server's weights. Raises EngineError where there is no such server, and
+    where other jobs have what it needs for longer than `cfg.wait_s`.
 
     >>> with RolloutClient("my-run", tokenizer, ServerConfig()) as engine:     # doctest: +SKIP
     ...     [[sample]] = engine.generate([GenerateRequest("p", (5, 9), seeds=(1,))], params)
     """
 
-    capabilities = Capabilities(
-        shares_parameters=False, hidden_states=False, score_temperature=False
-    )
-
-    def __init__(self, name: str, tokenizer: Any, cfg: ServerConfig) -> None:
+    def __init__(
+        self, name: str, tokenizer: Any, cfg: ServerConfig, adapter: dict[str, Any] | None = None
+    ) -> None:
         self._tokenizer, self._cfg = tokenizer, cfg
         try:
             connection = read_connection(connection_path(cfg.name))
@@ -66,7 +67,17 @@ class RolloutClient:
             trust_env=False,  # a proxy has no business with a token
         )
         self._closed = threading.Event()
-        body = {"name": name, "kind": "full", "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s}
+        if not self._call("GET", "/v1/server", timeout_s=SILENCE_S)["max_loras"]:
+            adapter = None
+        self._adapter = adapter
+        self.capabilities = Capabilities(
+            shares_parameters=False,
+            hidden_states=False,
+            score_temperature=False,
+            adapter_only=adapter is not None,
+        )
+        kind = "full" if adapter is None else "lora"
+        body = {"name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s}
         lease = self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
         self._job = f"/v1/jobs/{lease['id']}"
         self._spool = _shared_folder(lease)
@@ -130,8 +141,8 @@ class RolloutClient:
     def update_weights(
         self, parameters: Iterable[tuple[str, torch.Tensor]], version: int
     ) -> PolicyVersion:
-        """Hand new weights over and return the server's receipt: `version` with the digest that
-        its engine computed of what it read.
+        """Hand new weights (or those of the adapter) over and return the server's receipt:
+        `version` with the digest that its engine computed of what it read.
 
         Raises EngineError, with the old weights in use, for weights that the engine refuses.
         """
@@ -140,8 +151,13 @@ class RolloutClient:
         shutil.rmtree(folder, ignore_errors=True)
         try:
             folder.mkdir(mode=0o700)
-            for i, (name, tensor) in enumerate(parameters):
-                _write(folder / f"{i:06}.safetensors", name, tensor)
+            if self._adapter is None:
+                for i, (name, tensor) in enumerate(parameters):
+                    _write(folder / f"{i:06}.safetensors", {name: tensor})
+            else:
+                (folder / "adapter_config.json").write_text(json.dumps(self._adapter))
+                tensors = {ADAPTER_PREFIX + name: tensor for name, tensor in parameters}
+                _write(folder / ADAPTER_FILE, tensors)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -276,13 +292,14 @@ def _shared_folder(lease: dict[str, Any]) -> Path:
     return folder
 
 
-def _write(path: Path, name: str, tensor: torch.Tensor) -> None:
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file({name: tensor.detach().cpu().contiguous()}, path)
+        save_file(plain, path)
     except (OSError, SafetensorError) as error:
         raise EngineError(
-            f"weight {name!r} cannot be written to {path}: {error}. Make room there; the server "
-            "still has the old weights"
+            f"weight {next(iter(tensors), '')!r} cannot be written to {path}: {error}. Make room "
+            "there; the server still has the old weights"
         ) from error
 
 

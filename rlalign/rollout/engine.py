@@ -51,6 +51,7 @@ class Capabilities:
     shares_parameters: bool  # reads the trainer's own parameters: update_weights moves nothing
     hidden_states: bool  # `hidden_states` works
     score_temperature: bool  # `score` takes a temperature other than 1
+    adapter_only: bool = False  # `update_weights` takes a LoRA adapter's tensors, not the policy's
 
 
 class EngineError(RlalignError, RuntimeError):

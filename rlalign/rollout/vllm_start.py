@@ -80,6 +80,7 @@ def start(
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            **_lora_options(cfg),
             **options,
         )
         try:
@@ -161,6 +162,18 @@ def _gpu_options(cfg: VllmConfig) -> dict[str, Any]:
         "enable_sleep_mode": cfg.sleep_mode,
     }
     return options if cfg.block_size is None else options | {"block_size": cfg.block_size}
+
+
+def _lora_options(cfg: VllmConfig) -> dict[str, Any]:
+    if not cfg.max_loras:
+        return {}
+    # An adapter that is replaced stays until the sequences that began with it are done.
+    return {
+        "enable_lora": True,
+        "max_loras": cfg.max_loras + 1,
+        "max_cpu_loras": 2 * cfg.max_loras + 1,
+        "max_lora_rank": cfg.max_lora_rank,
+    }
 
 
 def _check_machine(device: str) -> None:

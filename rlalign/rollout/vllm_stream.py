@@ -9,8 +9,11 @@ them, vllm_start.py starts and stops vLLM.
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +25,15 @@ from rlalign.rollout.hf import eos_token_ids
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.staging import WeightStage
 from rlalign.types import PolicyVersion
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A LoRA adapter that vLLM holds, and which policy it makes of the base model."""
+
+    request: Any  # vLLM's LoRARequest
+    version: PolicyVersion
+
 
 _live: weakref.ref[VllmStream] | None = None  # vLLM's parallel state is one per process
 
@@ -65,6 +77,8 @@ class VllmStream:
         self._stage = WeightStage(model, getattr(torch, dtype))
         self._broken: str | None = None
         self._sleeping: list[str] = []
+        # A new one for every version: under the old one's number vLLM would find its prefix cache.
+        self._adapter_numbers = itertools.count(1)
         self._engine: Any = vllm_start.start(
             model_path, cfg, dtype=dtype, max_model_len=max_len, seed=seed, device=device
         )
@@ -94,14 +108,17 @@ class VllmStream:
             temperature=0.0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last_token]
         )
 
-    def add(self, name: str, token_ids: Sequence[int], params: Any) -> None:
+    def add(
+        self, name: str, token_ids: Sequence[int], params: Any, adapter: Adapter | None = None
+    ) -> None:
         """Take in one sequence, to be worked on from the next step on."""
         from vllm.inputs.engine import tokens_input
 
         self.check_usable()
         if self._sleeping:
             raise EngineError("the engine sleeps; call wake() first")
-        self._engine.add_request(name, tokens_input(list(token_ids)), params)
+        request = None if adapter is None else adapter.request
+        self._engine.add_request(name, tokens_input(list(token_ids)), params, lora_request=request)
 
     def step(self) -> list[Any]:
         """Advance every running sequence by a token; vLLM's outputs of those that are finished."""
@@ -167,6 +184,31 @@ class VllmStream:
         self._stage.forget()
         self.version = PolicyVersion(0, "")
         return self.version
+
+    def load_adapter(self, folder: Path, version: int) -> Adapter:
+        """The LoRA adapter in `folder` (as PEFT writes it), for sequences to come.
+
+        Raises EngineError, with nothing changed, for one that is not finite or that vLLM refuses.
+        """
+        from vllm.lora.request import LoRARequest
+
+        self.check_usable()
+        digest = vllm_weights.adapter_digest(folder)
+        number = next(self._adapter_numbers)
+        request = LoRARequest(f"adapter-{number}", number, str(folder))
+        try:
+            self._engine.add_lora(request)
+        except Exception as error:  # vLLM's errors have no common base; the cause is kept
+            raise EngineError(
+                f"vLLM refuses the adapter: {type(error).__name__}: {error}. Look at its rank "
+                f"(vllm.max_lora_rank={self._cfg.max_lora_rank}) and its target modules; a job "
+                "without LoRA slots sends merged weights (vllm.max_loras=0)"
+            ) from error
+        return Adapter(request, PolicyVersion(version, digest))
+
+    def unload_adapter(self, adapter: Adapter) -> None:
+        """No sequence of it may be running."""
+        self._engine.remove_lora(adapter.request.lora_int_id)
 
     def _roll_back(self, cause: Exception) -> None:
         try:

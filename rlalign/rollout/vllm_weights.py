@@ -8,11 +8,17 @@ leaves layers on the meta device.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
+from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import EngineError
+
+ADAPTER_FILE = "adapter_model.safetensors"
+ADAPTER_PREFIX = "base_model.model."  # of the names in PEFT's files
 
 
 def load(engine: Any, weights: dict[str, torch.Tensor]) -> None:
@@ -39,6 +45,22 @@ def roll_back(engine: Any, weights: dict[str, torch.Tensor] | None, model_path: 
     else:
         worker.reload_weights(weights_iterator=iter(weights.items()))
     _after_load(engine)
+
+
+def adapter_digest(folder: Path) -> str:
+    """The digest of the adapter in `folder`, as it is read there. Raises EngineError for one that
+    cannot be read or is not finite."""
+    digest = WeightDigest()
+    try:
+        with safe_open(folder / ADAPTER_FILE, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is not a mapping
+                tensor = file.get_tensor(name)
+                if not bool(tensor.isfinite().all()):
+                    raise EngineError(f"{name} of the adapter is not finite: the policy diverged")
+                digest.add(name.removeprefix(ADAPTER_PREFIX), tensor)
+    except (SafetensorError, OSError) as error:
+        raise EngineError(f"the adapter in {folder} cannot be read: {error}") from error
+    return digest.hexdigest()
 
 
 def _worker(engine: Any) -> Any:

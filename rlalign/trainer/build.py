@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from rlalign import algos
 from rlalign.config import Config, ConfigError, to_yaml
 from rlalign.models.load import load_tokenizer, resolve_model_path
+from rlalign.models.lora import adapter_config
 from rlalign.rewards import Scorer, build_scorer
 from rlalign.rewards import check as check_rewards
 from rlalign.rollout.engine import RolloutEngine
@@ -180,7 +181,8 @@ def build_rollout_engine(policy: Policy, tokenizer, config: Config, world: World
                 f"rollout.engine = 'server' serves one process a job, this run has {world.size}: "
                 "use rollout.engine=vllm"
             )
-        return RolloutClient(config.name, tokenizer, config.rollout.server)
+        adapter = adapter_config(policy.model) if config.model.lora.rank else None
+        return RolloutClient(config.name, tokenizer, config.rollout.server, adapter)
     from rlalign.rollout.vllm import VllmEngine
 
     return VllmEngine(

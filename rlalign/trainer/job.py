@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from rlalign.config import Config
+from rlalign.models.lora import adapter_weights
 from rlalign.rewards import Scorer
 from rlalign.rollout.engine import RolloutEngine
 from rlalign.tasks import PromptSet
@@ -76,9 +77,12 @@ class Job:
             self.rollout.sleep()
 
     def rollout_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the rollout engine is sent: its own parameters back, or the merged HF weights."""
+        """What the rollout engine is sent: its own parameters back, the adapter, or the merged HF
+        weights."""
         if self.rollout.capabilities.shares_parameters:
             return self.policy.model.named_parameters()
+        if self.rollout.capabilities.adapter_only:
+            return adapter_weights(self.policy.model)
         return self.policy.named_rollout_weights()
 
     def stage(self, text: str) -> None:

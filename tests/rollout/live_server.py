@@ -40,8 +40,11 @@ class LiveServer:
         content = json.loads(self.connection.read_text())
         self.url, self.tokens = content["url"], content["tokens"]
 
-    def client(self, tokenizer: Any, name: str = "test", **options: Any) -> RolloutClient:
-        return RolloutClient(name, tokenizer, ServerConfig(name=str(self.connection), **options))
+    def client(
+        self, tokenizer: Any, name: str = "test", adapter: Any = None, **options: Any
+    ) -> RolloutClient:
+        cfg = ServerConfig(name=str(self.connection), **options)
+        return RolloutClient(name, tokenizer, cfg, adapter)
 
     def http(self, scope: str = "admin", token: str | None = None) -> httpx.Client:
         headers = {"Authorization": f"Bearer {token or self.tokens[scope]}"}

@@ -88,7 +88,7 @@ class Clock:
 
 def test_a_lease_lives_as_long_as_it_is_renewed():
     clock = Clock()
-    table = JobTable(clock)
+    table = JobTable(clock=clock)
     job = table.acquire("run", ttl_s=10)
     for _ in range(5):
         clock.now += 9
@@ -102,13 +102,33 @@ def test_a_lease_lives_as_long_as_it_is_renewed():
 
 def test_one_full_job_at_a_time_and_the_next_when_it_is_over():
     clock = Clock()
-    table = JobTable(clock)
+    table = JobTable(clock=clock)
     job = table.acquire("run", ttl_s=10)
     clock.now += 4
     with pytest.raises(Busy, match=r"job 'run' has the server's weights for another 6 s"):
         table.acquire("other")
     table.release(job.id)
     assert table.acquire("other").id != job.id
+
+
+def test_lora_jobs_share_the_server_up_to_its_places_and_never_with_a_full_one():
+    clock = Clock()
+    table = JobTable(max_loras=2, clock=clock)
+    first = table.acquire("a", "lora", ttl_s=10)
+    table.acquire("b", "lora", ttl_s=20)
+    with pytest.raises(Busy, match="job 'a' has an adapter's place for another 10 s"):
+        table.acquire("c", "lora")
+    with pytest.raises(Busy, match="job 'a' has the server's weights"):
+        table.acquire("d", "full")
+    table.release(first.id)
+    table.acquire("c", "lora", ttl_s=5)
+    clock.now += 30
+    assert [job.name for job in table.expired()] == ["b", "c"]
+    table.acquire("d", "full")
+    with pytest.raises(Busy, match="job 'd' has the server's weights"):
+        table.acquire("e", "lora")
+    with pytest.raises(JobError, match="no room for adapters"):
+        JobTable().acquire("f", "lora")
 
 
 @pytest.mark.parametrize("change", [{"name": ""}, {"kind": "half"}, {"ttl_s": 0.0}, {"ttl_s": 1e9}])

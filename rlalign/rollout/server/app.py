@@ -25,7 +25,8 @@ from starlette.routing import Match, Route
 from rlalign.errors import RlalignError
 from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody, WeightsBody
 from rlalign.rollout.server.doors import Doors, TooLarge
-from rlalign.rollout.server.engine_host import EngineHost, EngineLost, Refused, Sequence
+from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence
+from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
 from rlalign.types import PolicyVersion
 
@@ -44,7 +45,7 @@ class RolloutServer:
 
     def __init__(self, host: EngineHost, spool: Path, describe: Mapping[str, Any]) -> None:
         self._host, self._spool, self._describe = host, spool, dict(describe)
-        self._jobs = JobTable()
+        self._jobs = JobTable(self._describe["max_loras"])
         self._freed = asyncio.Condition()
         self.probe = secrets.token_hex(16)
         (spool / "probe").write_text(self.probe)
@@ -79,7 +80,7 @@ class RolloutServer:
         return {
             **self._describe,
             "protocol": PROTOCOL,
-            "max_len": self._host.ready.get("max_len"),
+            "max_len": self._host.limits.get("max_len"),
             "waiting": len(self._host.queue),
             "in_flight": self._host.in_flight,
             "generated_tokens": self._host.counters.generated_tokens,
@@ -91,7 +92,7 @@ class RolloutServer:
         body = AcquireBody.model_validate_json(await request.body())
         job = await self._acquire(body)
         (self._spool / job.id).mkdir(mode=0o700)
-        limits = {name: self._host.ready[name] for name in ("vocab", "max_len")}
+        limits = {name: self._host.limits[name] for name in ("vocab", "max_len")}
         return {**_public(job), **limits, "spool": str(self._spool / job.id), "probe": self.probe}
 
     async def heartbeat(self, request: Request) -> Any:
@@ -108,7 +109,10 @@ class RolloutServer:
         folder = self._spool / job.id / str(version)
         if not any(folder.glob("*.safetensors")):
             raise Refused(f"{folder} holds no safetensors files of version {version}")
-        digest = await self._host.update_weights(folder, version)
+        if job.kind == "lora":
+            digest = await self._host.update_adapter(job.id, folder, version)
+        else:
+            digest = await self._host.update_weights(folder, version)
         job.version = PolicyVersion(version, digest)
         for old in folder.parent.iterdir():
             if old != folder:
@@ -184,7 +188,10 @@ class RolloutServer:
     async def _end(self, job: Job) -> None:
         """What a job leaves behind goes; the engine is back on its own weights before the next."""
         self._host.drop_job(job.id)
-        await self._host.reset_weights()
+        if job.kind == "lora":
+            await self._host.forget_adapter(job.id)
+        else:
+            await self._host.reset_weights()
         shutil.rmtree(self._spool / job.id, ignore_errors=True)
         async with self._freed:
             self._freed.notify_all()

@@ -16,7 +16,7 @@ class Body(BaseModel):
 
 class AcquireBody(Body):
     name: Annotated[str, Field(min_length=1, max_length=200)]
-    kind: Literal["full"] = "full"
+    kind: Literal["full", "lora"] = "full"
     ttl_s: Annotated[float, Field(ge=1, le=3600)] = 60.0
     wait_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
-import json
 import logging
 import time
 from collections import deque
@@ -19,9 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlalign.channel import HEADER, MAX_FRAME_BYTES
 from rlalign.errors import RlalignError
-from rlalign.process import Child, how_it_ended
+from rlalign.rollout.server.engine_process import EngineLost, EngineProcess
 from rlalign.rollout.server.fair import FairQueue
 
 log = logging.getLogger(__name__)
@@ -30,10 +28,6 @@ MAX_ATTEMPTS = 2  # of one sequence that was in flight when the engine died
 MAX_RESTARTS = 3  # within RESTART_WINDOW_S: then the engine is given up
 RESTART_WINDOW_S = 300.0
 UPDATE_TIMEOUT_S = 300.0
-
-
-class EngineLost(RlalignError):
-    """The engine died and could not be brought back, or lost what it was asked for."""
 
 
 class Refused(RlalignError):
@@ -84,7 +78,7 @@ class EngineHost:
         self.queue: FairQueue[Sequence] = FairQueue()
         self.counters = Counters()
         self.update: Update | None = None  # None: the model folder's own weights
-        self.ready: dict[str, Any] = {}  # what the engine said of itself
+        self.adapters: dict[str, Update] = {}  # by job
         self.failure = ""  # why there is no engine, for good
         self._in_flight: dict[int, Sequence] = {}
         self._numbers = itertools.count()
@@ -94,12 +88,16 @@ class EngineHost:
         self._answer: asyncio.Future[dict[str, Any]] | None = None  # of an update
         self._updating = asyncio.Lock()
         self._deaths: deque[float] = deque()
-        self._child: Child | None = None
-        self._writer: asyncio.StreamWriter | None = None
+        self._process: EngineProcess | None = None
         self._reading: asyncio.Task[None] | None = None
         self._reviving: asyncio.Task[None] | None = None
 
     # --- sequences -------------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """What the engine said of itself: vocab and max_len."""
+        return self._process.ready if self._process is not None else {}
 
     @property
     def in_flight(self) -> int:
@@ -147,7 +145,7 @@ class EngineHost:
             sequence.number = next(self._numbers)
             sequence.attempts += 1
             self._in_flight[sequence.number] = sequence
-            self._send({**sequence.message, "seq": sequence.number})
+            self._send({**sequence.message, "job": sequence.job, "seq": sequence.number})
         if not self._in_flight:
             self._drained.set()
         else:
@@ -162,17 +160,38 @@ class EngineHost:
         Raises Refused, with the old weights in use, EngineLost, and TimeoutError by name.
         """
         async with self._quiet("the weight update"):
-            digest = await self._load(path, version)
-            self.update = Update(path, version, digest)
+            self.update = await self._load(path, version)
             self.counters.updates += 1
-            return digest
+            return self.update.digest
 
     async def reset_weights(self) -> None:
         """Back to the model folder's own weights. Raises EngineLost and TimeoutError by name."""
         async with self._quiet("going back to the base weights"):
             if self.update is not None:
                 self.update = None  # whatever happens: no engine is given these weights again
-                await self._load(None, 0)
+                await self._ask({"kind": "update", "path": None, "version": 0})
+
+    async def update_adapter(self, job: str, path: Path, version: int) -> str:
+        """Give the sequences of `job` from now on the LoRA adapter in `path`; the others, and those
+        in flight, are not disturbed. Otherwise as `update_weights`."""
+        async with self._updating:
+            await self._living()
+            self.adapters[job] = await self._load(path, version, job)
+            self.counters.updates += 1
+            return self.adapters[job].digest
+
+    async def forget_adapter(self, job: str) -> None:
+        async with self._updating:
+            await self._living()
+            if self.adapters.pop(job, None) is not None:
+                await self._ask({"kind": "adapt", "job": job, "path": None, "version": 0})
+
+    async def _living(self) -> None:
+        """Wait for an engine that is being started again."""
+        async with asyncio.timeout(UPDATE_TIMEOUT_S):
+            await self._up.wait()
+        if self.failure:
+            raise EngineLost(self.failure)
 
     @contextlib.asynccontextmanager
     async def _quiet(self, what: str):
@@ -182,9 +201,7 @@ class EngineHost:
             try:
                 async with asyncio.timeout(UPDATE_TIMEOUT_S):
                     await self._drained.wait()
-                    await self._up.wait()
-                if self.failure:
-                    raise EngineLost(self.failure)
+                await self._living()
                 yield
             except TimeoutError:
                 raise TimeoutError(
@@ -194,15 +211,23 @@ class EngineHost:
                 self._holds -= 1
                 self._pump()
 
-    async def _load(self, path: Path | None, version: int) -> str:
+    async def _load(self, path: Path, version: int, job: str | None = None) -> Update:
+        """Weights for everybody, or an adapter for one job."""
+        message = {"kind": "update"} if job is None else {"kind": "adapt", "job": job}
+        digest = await self._ask({**message, "path": str(path), "version": version})
+        return Update(path, version, digest)
+
+    async def _ask(self, message: dict[str, Any]) -> str:
+        """Have the engine load something; the digest of what it read."""
         self._answer = asyncio.get_running_loop().create_future()
-        folder = None if path is None else str(path)
-        self._send({"kind": "update", "path": folder, "version": version})
+        self._send(message)
         try:
             async with asyncio.timeout(UPDATE_TIMEOUT_S):
                 answer = await self._answer
         except TimeoutError:
-            raise TimeoutError(f"loading version {version} took {UPDATE_TIMEOUT_S:g} s") from None
+            raise TimeoutError(
+                f"loading version {message['version']} took {UPDATE_TIMEOUT_S:g} s"
+            ) from None
         finally:
             self._answer = None
         if answer["kind"] == "refused":
@@ -224,39 +249,24 @@ class EngineHost:
         self._give_up("the server is shutting down")
 
     async def _start(self) -> None:
-        child = self._child = Child(Path(__file__).with_name("engine_main.py"))
-        child.socket.setblocking(False)
-        reader, self._writer = await asyncio.open_connection(sock=child.socket)
-        self._send(self._setup)
-        try:
-            async with asyncio.timeout(self._start_timeout_s):
-                answer = await _receive(reader)
-        except TimeoutError:
-            self._stop_child()
-            raise EngineLost(
-                f"the engine was not ready within {self._start_timeout_s:g} s"
-            ) from None
-        except (EOFError, ConnectionError):
-            raise EngineLost(f"the engine {self._post_mortem()}") from None
-        if answer["kind"] == "broken":
-            self._stop_child()
-            raise EngineLost(answer["error"])
-        self.ready = answer
-        self._reading = asyncio.create_task(self._read(reader))
+        self._process = process = EngineProcess()
+        await process.start(self._setup, self._start_timeout_s)
+        self._reading = asyncio.create_task(self._read(process))
 
-    async def _read(self, reader: asyncio.StreamReader) -> None:
+    async def _read(self, process: EngineProcess) -> None:
         """Take results until the process ends, then bring it back."""
         why = ""
         with contextlib.suppress(EOFError, ConnectionError):
             while not why:
-                message = await _receive(reader)
+                message = await process.receive()
                 why = message["error"] if message["kind"] == "broken" else ""
                 if not why:
                     self._take(message)
         if self._reviving is None or self._reviving.done():
+            why = why or f"the engine {process.post_mortem()}"
             self._reviving = asyncio.create_task(self._died(why))
         else:  # it died again before it had its weights
-            self._fail_answer(EngineLost(why or f"the engine {self._post_mortem()}"))
+            self._fail_answer(EngineLost(why or f"the engine {process.post_mortem()}"))
 
     def _take(self, message: dict[str, Any]) -> None:
         if message["kind"] in ("updated", "refused"):
@@ -278,7 +288,6 @@ class EngineHost:
         self.counters.by_job[job] = self.counters.by_job.get(job, 0) + tokens
 
     async def _died(self, why: str) -> None:
-        why = why or f"the engine {self._post_mortem()}"
         while True:
             now = time.monotonic()
             self._deaths.append(now)
@@ -300,19 +309,24 @@ class EngineHost:
         self.counters.restarts += 1
         if self._reading is not None:
             self._reading.cancel()
-        self._stop_child()
+        self._stop()
         self._requeue()
         self._fail_answer(EngineLost(f"{why}, during a weight update"))
         await self._start()
         if self.update is not None:
-            digest = await self._load(self.update.path, self.update.version)
-            if digest != self.update.digest:
-                raise EngineLost(
-                    f"the weights of version {self.update.version} came back with digest {digest}, "
-                    f"they had {self.update.digest}"
-                )
+            await self._replay(self.update)
+        for job, update in self.adapters.items():
+            await self._replay(update, job)
         self._up.set()
         self._pump()
+
+    async def _replay(self, update: Update, job: str | None = None) -> None:
+        again = await self._load(update.path, update.version, job)
+        if again != update:
+            raise EngineLost(
+                f"the weights of version {update.version} came back with digest {again.digest}, "
+                f"they had {update.digest}"
+            )
 
     def _requeue(self) -> None:
         """What was in flight runs again, before what waits."""
@@ -332,7 +346,7 @@ class EngineHost:
         """There is no engine any more: everybody who waits is told why."""
         log.info("engine: %s; giving up", why)
         self.failure = why
-        self._stop_child()
+        self._stop()
         error = EngineLost(why)
         waiting = list(self._in_flight.values())
         self._in_flight = {}
@@ -350,29 +364,9 @@ class EngineHost:
             self._answer.set_exception(error)
 
     def _send(self, message: dict[str, Any]) -> None:
-        if self._writer is not None and not self._writer.is_closing():
-            body = json.dumps(message).encode()
-            self._writer.write(HEADER.pack(len(body)) + body)
+        if self._process is not None:
+            self._process.send(message)
 
-    def _post_mortem(self) -> str:
-        """How it ended, with the end of its output."""
-        if self._child is None:
-            return "is not running"
-        self._child.wait()
-        tail = self._child.log_tail()
-        return f"{how_it_ended(self._stop_child())}\n{tail}".strip()
-
-    def _stop_child(self) -> int | None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-        child, self._child = self._child, None
-        return child.stop() if child is not None else None
-
-
-async def _receive(reader: asyncio.StreamReader) -> dict[str, Any]:
-    """EOFError where the other end is gone."""
-    (size,) = HEADER.unpack(await reader.readexactly(HEADER.size))
-    if size > MAX_FRAME_BYTES:
-        raise EOFError(f"a message of {size} bytes was announced: not our protocol")
-    return json.loads(await reader.readexactly(size))
+    def _stop(self) -> None:
+        if self._process is not None:
+            self._process.stop()

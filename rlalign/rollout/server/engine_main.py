@@ -3,12 +3,13 @@
 Started by `engine_host` as a plain script (rlalign/process.py). Between two steps of vLLM it takes
 in whatever has arrived, so sequences of any job join the running batch at once. Messages to it:
 
-    {"kind": "draw", "seq": 7, "ids": [..], "seed": 3, "params": {..}}     one sequence
-    {"kind": "score", "seq": 8, "ids": [..]}
+    {"kind": "draw", "job": "a", "seq": 7, "ids": [..], "seed": 3, "params": {..}}    one sequence
+    {"kind": "score", "job": "a", "seq": 8, "ids": [..]}
     {"kind": "abort", "seqs": [7]}
     {"kind": "update", "path": "..", "version": 4}       a folder of safetensors; null: the model's
+    {"kind": "adapt", "job": "a", "path": "..", "version": 4}    a LoRA adapter; null: none any more
 
-and from it `ready`, `done` and `failed` (of a sequence), `updated` and `refused` (of an update).
+and from it `ready`, `done` and `failed` (of a sequence), `updated` and `refused` (of the last two).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +75,22 @@ def start(setup: dict[str, Any]) -> Any:
     )
 
 
+@dataclass(frozen=True)
+class Running:
+    """A sequence in vLLM: under which policy it began."""
+
+    scored: bool
+    version: int
+    adapter: Any
+
+
 class Engine:
     """Takes messages in and gives results out, a step of vLLM at a time."""
 
     def __init__(self, channel: Any, stream: Any) -> None:
         self._channel, self._stream = channel, stream
-        self._scored: set[int] = set()
+        self._running: dict[int, Running] = {}
+        self._adapters: dict[str, Any] = {}  # by job
 
     def run(self) -> None:
         """Until the server goes away (EOFError) or vLLM breaks (EngineError)."""
@@ -96,14 +108,16 @@ class Engine:
 
         kind = message["kind"]
         if kind == "abort":
-            return self._stream.abort([str(seq) for seq in message["seqs"]])
+            return self._abort(message["seqs"])
         try:
             if kind == "update":
                 return self._update(message["path"], message["version"])
+            if kind == "adapt":
+                return self._adapt(message["job"], message["path"], message["version"])
             self._add(message)
         except EngineError as error:
             self._stream.check_usable()  # raises where vLLM's state is lost
-            answer = {"kind": "refused"} if kind == "update" else failed(message["seq"])
+            answer = failed(message["seq"]) if "seq" in message else {"kind": "refused"}
             self._channel.send(answer | {"error": str(error)})
 
     def _update(self, path: str | None, version: int) -> None:
@@ -113,26 +127,56 @@ class Engine:
             got = self._stream.update_weights(read_weights(path), version)
         self._channel.send({"kind": "updated", "digest": got.digest})
 
+    def _adapt(self, job: str, path: str | None, version: int) -> None:
+        """Sequences of `job` from now on have this adapter; those that run keep theirs."""
+        old = self._adapters.get(job)
+        digest = ""
+        if path is None:
+            self._adapters.pop(job, None)
+        else:
+            self._adapters[job] = self._stream.load_adapter(Path(path), version)
+            digest = self._adapters[job].version.digest
+        self._unload(old)
+        self._channel.send({"kind": "updated", "digest": digest})
+
+    def _unload(self, adapter: Any) -> None:
+        """Give up an adapter that is in use by no job and no sequence any more."""
+        used = [*self._adapters.values(), *(r.adapter for r in self._running.values())]
+        if adapter is not None and not any(adapter is other for other in used):
+            self._stream.unload_adapter(adapter)
+
+    def _abort(self, seqs: list[int]) -> None:
+        self._stream.abort([str(seq) for seq in seqs])
+        for seq in seqs:
+            running = self._running.pop(seq, None)
+            self._unload(running.adapter if running else None)
+
     def _add(self, message: dict[str, Any]) -> None:
         from rlalign.rollout.engine import SamplingParams
 
         stream, seq, ids = self._stream, message["seq"], message["ids"]
-        if message["kind"] == "score":
+        scored = message["kind"] == "score"
+        if scored:
             stream.limits.check_ids(ids, 0, "the sequence to score")
-            self._scored.add(seq)
-            return stream.add(str(seq), ids[:-1], stream.scoring(ids[-1]))
-        params = SamplingParams(**message["params"])
-        stream.limits.check_params(params)
-        stream.limits.check_ids(ids, params.max_completion_length, "the prompt")
-        stream.limits.check_seeds([message["seed"]], "the request")
-        stream.add(str(seq), ids, stream.sampling(params, message["seed"]))
+            ids, params = ids[:-1], stream.scoring(ids[-1])
+        else:
+            wanted = SamplingParams(**message["params"])
+            stream.limits.check_params(wanted)
+            stream.limits.check_ids(ids, wanted.max_completion_length, "the prompt")
+            stream.limits.check_seeds([message["seed"]], "the request")
+            params = stream.sampling(wanted, message["seed"])
+        adapter = self._adapters.get(message["job"])
+        stream.add(str(seq), ids, params, adapter)
+        version = stream.version if adapter is None else adapter.version
+        self._running[seq] = Running(scored, version.version, adapter)
 
     def _give(self, output: Any) -> None:
         from rlalign.rollout.vllm_stream import sequence_logp
 
         seq = int(output.request_id)
-        if seq in self._scored:
-            self._scored.remove(seq)
+        running = self._running.pop(seq)
+        self._unload(running.adapter)
+        if running.scored:
             return self._channel.send({"kind": "done", "seq": seq, "logp": sequence_logp(output)})
         completion = output.outputs[0]
         logp = list(completion.logprobs.logprobs)
@@ -146,7 +190,7 @@ class Engine:
                 "ids": list(completion.token_ids),
                 "logp": logp,
                 "finish": completion.finish_reason,
-                "version": self._stream.version.version,
+                "version": running.version,
             }
         )
 

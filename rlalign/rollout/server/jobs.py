@@ -1,7 +1,8 @@
 """Jobs and their leases: who may use the server, for how long, and under which policy.
 
 A job lives as long as its trainer says so: a lease that no heartbeat renews within its time to live
-ends by itself. A job of kind `full` owns the weights, so there is one of them at a time.
+ends by itself. A job of kind `full` owns the weights and is alone; jobs of kind `lora` share the
+base model, each with an adapter of its own.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass, field
 from rlalign.errors import RlalignError
 from rlalign.types import PolicyVersion
 
-KINDS = ("full",)
+KINDS = ("full", "lora")
 LOWEST_TTL_S, HIGHEST_TTL_S = 1.0, 3600.0
 
 
@@ -41,17 +42,18 @@ class Job:
 
 
 class JobTable:
-    """All leases. `clock` counts seconds and never goes back."""
+    """All leases. `clock` counts seconds and never goes back; `max_loras` is how many jobs may
+    have an adapter."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, max_loras: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self._max_loras, self._clock = max_loras, clock
         self._jobs: dict[str, Job] = {}
 
     def __iter__(self):
         return iter(list(self._jobs.values()))
 
     def acquire(self, name: str, kind: str = "full", ttl_s: float = 60.0) -> Job:
-        """A new lease. Raises Busy where a full job has the weights, JobError for arguments that
+        """A new lease. Raises Busy where others have what it wants, JobError for arguments that
         make no sense."""
         if not name or len(name) > 200:
             raise JobError(f"a job needs a name of 1 to 200 characters, not {len(name)}")
@@ -61,15 +63,28 @@ class JobTable:
             raise JobError(
                 f"ttl_s is {ttl_s:g}; it must be within {LOWEST_TTL_S:g} to {HIGHEST_TTL_S:g}"
             )
-        for job in self:
-            raise Busy(
-                f"job {job.name!r} has the server's weights for another "
-                f"{max(0.0, job.expires - self._clock()):.0f} s unless it renews its lease: wait "
-                "for it (rollout.server.wait_s), or use another server"
+        if kind == "lora" and not self._max_loras:
+            raise JobError(
+                "this server has no room for adapters: start it with vllm.max_loras=N, or use a "
+                "full job, which sends merged weights"
             )
+        self._refuse_if_busy(kind)
         job = Job(secrets.token_hex(8), name, kind, ttl_s, self._clock() + ttl_s)
         self._jobs[job.id] = job
         return job
+
+    def _refuse_if_busy(self, kind: str) -> None:
+        others = [job for job in self if "full" in (kind, job.kind)]
+        if not others and len(self._jobs) >= self._max_loras and kind == "lora":
+            others = list(self)
+        if others:
+            job = min(others, key=lambda job: job.expires)
+            what = "an adapter's place" if kind == job.kind == "lora" else "the server's weights"
+            raise Busy(
+                f"job {job.name!r} has {what} for another "
+                f"{max(0.0, job.expires - self._clock()):.0f} s unless it renews its lease: wait "
+                "for it (rollout.server.wait_s), or use another server"
+            )
 
     def get(self, job_id: str) -> Job:
         """Raises JobError for a job that is over or never was."""

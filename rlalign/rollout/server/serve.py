@@ -86,7 +86,10 @@ async def _listen_until_stopped(
     on_ready: Callable[[str, Path], None] | None,
 ) -> None:
     tokens, path = make_tokens(), connection_path(config.name)
-    described = {"model": config.model, "dtype": config.dtype, "name": config.name}
+    described = {
+        "model": config.model, "dtype": config.dtype, "name": config.name,
+        "max_loras": config.vllm.max_loras, "max_lora_rank": config.vllm.max_lora_rank,
+    }  # fmt: skip
     app = RolloutServer(host, spool, described).asgi(tokens, config.max_body_mib * 2**20)
     server = _Server(
         uvicorn.Config(
