@@ -26,6 +26,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from rlalign.config.schema import VllmConfig
+from rlalign.rollout import vllm_lora_cpu
 from rlalign.rollout.engine import EngineError
 
 if TYPE_CHECKING:
@@ -68,6 +69,8 @@ def start(
                 f"the installed vLLM is built for {current_platform.device_type!r}, the run wants "
                 f"{device!r}: install {_extra(device)}"
             )
+        if cfg.max_loras and device == "cpu":
+            vllm_lora_cpu.install()
         args = EngineArgs(
             model=model_path,
             dtype=cast(Any, dtype),

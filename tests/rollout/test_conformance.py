@@ -50,8 +50,12 @@ class ServedEngine(RolloutClient):
     def __init__(self, path: str, tokenizer) -> None:
         folder = Path(path)
         self._server = LiveServer(folder, folder.parent, f"vllm.max_num_seqs={MAX_BATCH}")
-        connection = ServerConfig(name=str(self._server.connection))
-        super().__init__("conformance", tokenizer, connection)
+        try:
+            connection = ServerConfig(name=str(self._server.connection))
+            super().__init__("conformance", tokenizer, connection)
+        except BaseException:
+            self._server.close()
+            raise
 
     def close(self) -> None:
         super().close()

@@ -1,0 +1,160 @@
+"""The rollout server: how soon a second job samples, how long new weights take, and what two LoRA
+jobs at once are worth against one after the other. Real `rlalign serve`, over HTTP, on the mini
+model; the jobs are threads of this process, the engine has one thread of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlalign.config.schema import LoraConfig, ServerConfig
+from rlalign.models.load import resolve_model_path
+from rlalign.models.lora import adapter_config, adapter_weights, attach_lora
+from rlalign.rollout.client import RolloutClient
+from rlalign.rollout.engine import GenerateRequest, SamplingParams
+from rlalign.trainer.publish import publish
+
+MODEL = "mini:chain"
+SAMPLES = 8  # of a prompt
+PROMPTS = 32
+LENGTH = 48
+START_S = 300.0
+
+
+def run(quick: bool) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    turns = 3 if quick else 9
+    path = resolve_model_path(MODEL, 0)
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    with serving(path) as name:
+        first_s = [first_sample_s(tokenizer, name) for _ in range(turns)]
+        update_s = update_times_s(path, tokenizer, name, 2 * turns)
+    with serving(path, "vllm.max_loras=2") as name:
+        jobs = [lora_job(path, seed) for seed in (1, 2)]
+        alone_s, both_s = [], []
+        for _ in range(turns):
+            alone_s.append(sum(work_s(tokenizer, name, [job]) for job in jobs))
+            both_s.append(work_s(tokenizer, name, jobs))
+        full_s = [work_s(tokenizer, name, [None]) for _ in range(turns)]
+    gain = statistics.median(a / b for a, b in zip(alone_s, both_s, strict=True))
+    rows = [
+        _row("a second job's first sample", first_s),
+        _row("weight update", update_s),
+        _row("two LoRA jobs, one after the other", alone_s),
+        _row("two LoRA jobs at once", both_s),
+        _row("one full job, half of that work", full_s),
+    ]
+    first, update = (statistics.median(values) for values in (first_s, update_s))
+    bars = [
+        _bar("a second job's first sample, s", first, "<= 2", first <= 2),
+        _bar("weight update, mini model, ms", 1e3 * update, "<= 50", update <= 0.05),
+        _bar("two LoRA jobs at once against one after the other", gain, ">= 1.5", gain >= 1.5),
+    ]
+    machine = f"{platform.processor() or platform.machine()}, torch {torch.__version__}"
+    return {"name": "server", "machine": machine, "rows": rows, "bars": bars}
+
+
+@contextlib.contextmanager
+def serving(path: str, *options: str) -> Iterator[str]:
+    """A server of its own; yields the name of its connection file."""
+    with tempfile.TemporaryDirectory() as folder:
+        connection = Path(folder) / "server.json"
+        main = "from rlalign.cli import main; main()"
+        arguments = ["serve", path, f"name={connection}", "num_threads=1", "max_len=256", *options]
+        process = subprocess.Popen([sys.executable, "-c", main, *arguments], stdout=sys.stderr)
+        try:
+            deadline = time.monotonic() + START_S
+            while not connection.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError("the server did not start; see its output above")
+                time.sleep(0.1)
+            yield str(connection)
+        finally:
+            process.terminate()
+            process.wait(30)
+
+
+def requests(seed: int) -> list[GenerateRequest]:
+    rng = torch.Generator().manual_seed(seed)
+    return [
+        GenerateRequest(
+            f"p{i}",
+            tuple(torch.randint(5, 50, (12,), generator=rng).tolist()),
+            seeds=tuple(range(SAMPLES * i, SAMPLES * (i + 1))),
+        )
+        for i in range(PROMPTS)
+    ]
+
+
+def first_sample_s(tokenizer: Any, name: str) -> float:
+    began = time.perf_counter()
+    with RolloutClient("bench", tokenizer, ServerConfig(name=name)) as engine:
+        engine.generate([GenerateRequest("p", (5, 6, 7), seeds=(1,))], SamplingParams(LENGTH))
+        return time.perf_counter() - began
+
+
+def update_times_s(path: str, tokenizer: Any, name: str, count: int) -> list[float]:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    seconds = []
+    with RolloutClient("bench", tokenizer, ServerConfig(name=name)) as engine:
+        for version in range(count):
+            began = time.perf_counter()
+            publish(engine, model.named_parameters(), version)
+            seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def lora_job(path: str, seed: int) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(path)
+    attach_lora(model, LoraConfig(rank=8, alpha=16), seed)
+    return model
+
+
+def work_s(tokenizer: Any, name: str, jobs: list[Any]) -> float:
+    """Seconds for every job's rollout batch, all at once, leases and updates excluded."""
+    params = SamplingParams(LENGTH, ignore_eos=True)
+    ready, seconds = threading.Barrier(len(jobs) + 1), []
+
+    def work(i: int, model: Any) -> None:
+        config = None if model is None else adapter_config(model)
+        with RolloutClient(f"bench {i}", tokenizer, ServerConfig(name=name), config) as engine:
+            if model is not None:
+                publish(engine, adapter_weights(model), 1)
+            engine.generate(requests(i)[:1], params)
+            ready.wait()
+            engine.generate(requests(i), params)
+            seconds.append(time.perf_counter())
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(jobs)]
+    for thread in threads:
+        thread.start()
+    ready.wait()
+    began = time.perf_counter()
+    for thread in threads:
+        thread.join()
+    return max(seconds) - began
+
+
+def _row(side: str, seconds: list[float]) -> dict[str, Any]:
+    low, high = min(seconds), max(seconds)
+    return {
+        "side": side,
+        "median s": statistics.median(seconds),
+        "spread s": f"{low:.3g} to {high:.3g}",
+    }
+
+
+def _bar(what: str, value: float, bar: str, holds: bool) -> dict[str, Any]:
+    return {"what": what, "value": value, "bar": bar, "holds": holds}
