@@ -70,12 +70,11 @@ def test_what_comes_back_runs_before_its_jobs_others():
     assert [queue.pop(), queue.pop()] == ["first", "second"]
 
 
-def test_a_dropped_job_leaves_nothing_and_a_removed_item_is_gone():
+def test_a_dropped_job_leaves_nothing():
     queue: FairQueue = FairQueue()
     for job, item in (("a", 1), ("b", 2), ("a", 3)):
         queue.push(job, item, 5)
-    assert queue.remove("a", 3) and not queue.remove("a", 3)
-    assert queue.drop("a") == [1]
+    assert queue.drop("a") == [1, 3]
     assert (len(queue), queue.pop()) == (1, 2)
 
 

@@ -151,24 +151,32 @@ class RolloutServer:
 
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends. A client that goes away takes the rest along."""
-        pending = {sequence.result: sequence for sequence in sequences}
+        ended: asyncio.Queue[Sequence] = asyncio.Queue()
+        for sequence in sequences:
+            sequence.result.add_done_callback(lambda _, s=sequence: ended.put_nowait(s))
+        left = len(sequences)
         try:
-            while pending:
-                done, _ = await asyncio.wait(
-                    pending, timeout=ALIVE_S, return_when=asyncio.FIRST_COMPLETED
-                )
-                if not done:
-                    yield b"\n"
-                for future in done:
-                    i, j = sequences[pending.pop(future)]
-                    yield _line({**future.result(), "request": i, "index": j})
-            yield _line({"end": len(sequences)})
-        except (RlalignError, asyncio.CancelledError) as error:
-            if isinstance(error, asyncio.CancelledError) and not _over(pending):
-                raise
-            yield _line({"error": str(error) or "the job is over: its lease ended"})
+            while left:
+                lines = []
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(ALIVE_S):
+                        lines.append(self._line(await ended.get(), sequences))
+                while not ended.empty():
+                    lines.append(self._line(ended.get_nowait(), sequences))
+                left -= len(lines)
+                yield b"".join(lines) or b"\n"
+            yield _encoded({"end": len(sequences)})
+        except RlalignError as error:
+            yield _encoded({"error": str(error)})
         finally:
-            self._host.cancel(list(pending.values()))
+            self._host.cancel(list(sequences))
+
+    @staticmethod
+    def _line(sequence: Sequence, sequences: dict[Sequence, tuple[int, int]]) -> bytes:
+        if sequence.result.cancelled():
+            raise JobError("the job is over: its lease ended")
+        i, j = sequences[sequence]
+        return _encoded({**sequence.result.result(), "request": i, "index": j})
 
     async def _acquire(self, body: AcquireBody) -> Job:
         """Wait for the lease as long as the client wants to."""
@@ -210,12 +218,6 @@ class RolloutServer:
                     await self._end(job)
 
 
-def _over(pending: Mapping[asyncio.Future[Any], Any]) -> bool:
-    """Whether a cancellation is that of the job's sequences, not that of the client."""
-    task = asyncio.current_task()
-    return task is not None and not task.cancelling()
-
-
 def _plain(handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
     """Answers as JSON, and what may go wrong as a status with a reason."""
 
@@ -249,5 +251,5 @@ def _public(job: Job) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _line(message: dict[str, Any]) -> bytes:
+def _encoded(message: dict[str, Any]) -> bytes:
     return json.dumps(message).encode() + b"\n"

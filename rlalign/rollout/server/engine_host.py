@@ -118,14 +118,12 @@ class EngineHost:
         return sequence
 
     def cancel(self, sequences: list[Sequence]) -> None:
-        """Forget sequences nobody waits for any more."""
+        """Forget sequences nobody waits for any more. What is queued is passed over in its turn."""
         running = []
         for sequence in sequences:
             if not sequence.result.cancel() and not sequence.result.cancelled():
                 sequence.result.exception()  # seen: nobody else will ask
-                continue
-            waiting = self.queue.remove(sequence.job, sequence)
-            if not waiting and self._in_flight.pop(sequence.number, None):
+            elif self._in_flight.pop(sequence.number, None):
                 running.append(sequence.number)
         if running:
             self._send({"kind": "abort", "seqs": running})

@@ -67,12 +67,3 @@ class FairQueue(Generic[T]):
         self._time.pop(job, None)
         self._weight.pop(job, None)
         return [item for item, _ in items]
-
-    def remove(self, job: str, item: T) -> bool:
-        """Take one item out, wherever it stands; whether it was there."""
-        items = self._waiting.get(job, deque())
-        for entry in items:
-            if entry[0] is item:
-                items.remove(entry)
-                return True
-        return False
