@@ -62,10 +62,16 @@ def check_engine(
     [engine_logp] = engine.score([sequence])
     difference = float((engine_logp.cpu() - trainer_logp.cpu()).abs().max())
     if not difference <= tolerance:
+        base = (
+            " It took an adapter only: is the model that it serves the very one this run started "
+            "from (model.path, and seed for a model built here)?"
+            if engine.capabilities.adapter_only
+            else ""
+        )
         raise WeightSyncError(
             f"after the update to policy version {engine.version.version} engine and trainer "
             f"differ by {difference:.3g} nats on the check sequence (rollout.logp_tolerance = "
-            f"{tolerance:g}): the engine does not use the weights it received. Raise the "
+            f"{tolerance:g}): the engine does not use the weights it received.{base} Raise the "
             "tolerance only if the dtypes of the two sides explain the gap."
         )
     return difference

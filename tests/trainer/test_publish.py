@@ -4,12 +4,15 @@ import pytest
 import torch
 
 from rlalign.rollout.digest import WeightDigest
+from rlalign.rollout.engine import Capabilities
 from rlalign.trainer.publish import WeightSyncError, check_engine, publish
 from rlalign.types import PolicyVersion
 
 
 class Receiver:
     """Takes weights as an engine does; `spoil` changes what arrives, `late` keeps the version."""
+
+    capabilities = Capabilities(False, False, False, adapter_only=True)
 
     def __init__(self, spoil=lambda name, tensor: tensor, late=0):
         self.spoil, self.late = spoil, late
@@ -53,7 +56,7 @@ def test_weights_that_arrive_and_are_not_used_are_noticed():
     engine = Receiver()
     engine.version = PolicyVersion(3, "x")
     assert check_engine(engine, (1, 2, 3), torch.tensor([0.0, 1e-4]), 1e-3) == pytest.approx(1e-4)
-    with pytest.raises(WeightSyncError, match=r"version 3 .* 0\.5 nats"):
+    with pytest.raises(WeightSyncError, match=r"version 3 .* 0\.5 nats.*the very one this run"):
         check_engine(engine, (1, 2, 3), torch.tensor([0.0, 0.5]), 1e-3)
 
 
