@@ -92,6 +92,12 @@ class RolloutConfig:
     )
     top_k: int = option(0, "Keep the k likeliest tokens; 0 is off.", ge=0)
     max_batch_size: int = option(256, "Sequences the hf engine decodes together.", ge=1)
+    max_lag: int = option(
+        0,
+        "Rollout batches drawn ahead while the trainer trains, so samples are up to as many policy "
+        "versions old; above 0 needs engine=server.",
+        ge=0,
+    )
     logp_tolerance: float = option(
         0.05,
         "Largest engine/trainer log-prob difference on the check sequence after a weight update.",

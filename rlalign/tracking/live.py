@@ -22,6 +22,12 @@ from rich.text import Text
 
 SPARKS = "▁▂▃▄▅▆▇█"
 STAGES = ("rollout", "reward", "logp", "backward", "step", "sync")
+STAGES_AHEAD = ("wait", "logp", "backward", "step", "sync")  # rollouts run beside them
+
+
+def stages_of(figures: Mapping[str, float]) -> tuple[str, ...]:
+    """What a step's time is made of."""
+    return STAGES_AHEAD if "time/wait_s" in figures else STAGES
 
 
 class PlainView:
@@ -49,11 +55,8 @@ class PlainView:
 def step_line(figures: Mapping[str, float], max_steps: int) -> str:
     """`step 12/80  reward 0.531  entropy 0.31  length 22.4  5100 tok/s  2.1 s (...)`"""
     total = max(figures["time/total_s"], 1e-9)
-    split = ", ".join(
-        f"{stage} {100 * figures[f'time/{stage}_s'] / total:.0f}%"
-        for stage in STAGES
-        if figures[f"time/{stage}_s"] > 0.02 * total
-    )
+    shares = ((stage, figures[f"time/{stage}_s"] / total) for stage in stages_of(figures))
+    split = ", ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares if share > 0.02)
     entropy = f"  entropy {figures['entropy']:.3f}" if "entropy" in figures else ""
     held_out = "".join(
         f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("pass@1")
@@ -121,7 +124,7 @@ class LiveView:
         table.add_row("rollout", f"{figures['perf/rollout_tokens_per_s']:.0f}", "tokens/s")
         table.add_row("training", f"{figures['perf/train_tokens_per_s']:.0f}", "tokens/s")
         total = max(figures["time/total_s"], 1e-9)
-        shares = ((s, figures[f"time/{s}_s"] / total) for s in STAGES)
+        shares = ((s, figures[f"time/{s}_s"] / total) for s in stages_of(figures))
         split = "  ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares if share > 0.005)
         table.add_row("step", f"{total:.2f} s", split)
         return table

@@ -33,6 +33,12 @@ def check_versions(groups: Sequence[Group], published: set[int]) -> None:
                 )
 
 
+def oldest_version(groups: Sequence[Group], default: int) -> int:
+    """The earliest policy version that made a token of `groups`; `default` where there is none."""
+    samples = (sample for group in groups for sample in group.samples)
+    return min((span.version for sample in samples for span in sample.spans), default=default)
+
+
 def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) -> TrainBatch:
     """Lay the samples of `groups` out as rows, in order; group i becomes group id i.
 

@@ -14,6 +14,12 @@ def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
     _check_rewards(config)
     _check_trainer(config)
+    if config.rollout.max_lag and config.rollout.engine != "server":
+        raise ConfigError(
+            f"rollout.max_lag = {config.rollout.max_lag} needs an engine in another process, not "
+            f"rollout.engine={config.rollout.engine}: start `rlalign serve MODEL` and use "
+            "rollout.engine=server, or set rollout.max_lag=0"
+        )
     if config.rollout.engine in ("vllm", "server"):
         _check_vllm(config)
 

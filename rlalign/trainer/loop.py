@@ -8,16 +8,14 @@ prompts -> allocate -> rollout -> reward -> credit -> loss -> optimizer step -> 
 from __future__ import annotations
 
 import time
-from collections import Counter
+from contextlib import closing
 from typing import Any
 
-from rlalign import algos
 from rlalign.errors import RlalignError
-from rlalign.rollout.engine import SamplingParams
 from rlalign.tracking.rundir import package_versions
 from rlalign.trainer import record
-from rlalign.trainer.batch import check_versions, make_train_batch
-from rlalign.trainer.collect import Collected, make_requests, roll_out
+from rlalign.trainer.ahead import RolloutsAhead
+from rlalign.trainer.batch import check_versions, make_train_batch, oldest_version
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
 from rlalign.trainer.job import Job, Progress
 from rlalign.trainer.publish import check_engine, publish
@@ -36,18 +34,20 @@ def run(job: Job) -> dict[str, Any]:
     publish_weights(job, progress.version)
     if job.eval_prompts and not progress.eval_before:
         progress.eval_before = evaluate(job).metrics
-    while progress.step < config.trainer.max_steps:
-        figures, rows = train_step(job)
-        progress.step += 1
-        progress.eval_after = {}  # of an earlier end of this run
-        progress.wall_s = time.perf_counter() - start
-        if due(progress.step, config.trainer.eval_every, config.trainer.max_steps):
-            held_out = evaluate(job).metrics
-            figures |= {f"eval/{config.task.eval}/{name}": v for name, v in held_out.items()}
-        job.record_step({"step": progress.step, **figures}, rows)
-        check_skipped(job)
-        if due(progress.step, config.trainer.checkpoint_every, config.trainer.max_steps):
-            job.save_checkpoint()
+    with closing(RolloutsAhead(job)) as rollouts:
+        while progress.step < config.trainer.max_steps:
+            figures, rows = train_step(job, rollouts)
+            progress.step += 1
+            progress.eval_after = {}  # of an earlier end of this run
+            progress.wall_s = time.perf_counter() - start
+            if due(progress.step, config.trainer.eval_every, config.trainer.max_steps):
+                rollouts.settle()
+                held_out = evaluate(job).metrics
+                figures |= {f"eval/{config.task.eval}/{name}": v for name, v in held_out.items()}
+            job.record_step({"step": progress.step, **figures}, rows)
+            check_skipped(job)
+            if due(progress.step, config.trainer.checkpoint_every, config.trainer.max_steps):
+                job.save_checkpoint()
     if job.eval_prompts and not progress.eval_after:
         progress.eval_after = evaluate(job).metrics
     progress.wall_s = time.perf_counter() - start
@@ -60,14 +60,18 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
+def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One rollout batch and its optimizer steps; returns the step's figures and its sample rows."""
     config, progress = job.config, job.progress
     step = progress.step
-    began = time.perf_counter()
-    collected, sampling = collect(job)
+    began, waited_s = time.perf_counter(), rollouts.waited_s
+    drawn = rollouts.take()
+    collected = drawn.collected
     groups, scores = collected.groups, collected.all_scores()
-    check_versions(groups, {progress.version})
+    oldest = max(0, progress.version - config.rollout.max_lag)
+    check_versions(groups, set(range(oldest, progress.version + 1)))
+    progress.cursor = drawn.cursor
+    progress.rollout_tokens += drawn.generated_tokens
 
     marks = [time.perf_counter()]
     batch = make_train_batch(groups, scores, config.algo)
@@ -80,7 +84,10 @@ def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
     marks.append(time.perf_counter())
 
     figures = record.sample_metrics(groups, scores, batch, config.algo)
-    figures |= record.update_metrics(updated, lr, progress.version, lag=0)
+    lag = progress.version - oldest_version(groups, progress.version)
+    figures |= record.update_metrics(updated, lr, progress.version, lag)
+    rollouts.settle()
+    marks.append(time.perf_counter())
     if updated.optimizer_steps:
         progress.version += 1
         figures["sampling/check_logp_diff"] = publish_weights(job, progress.version)
@@ -92,41 +99,15 @@ def train_step(job: Job) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "logp": marks[1] - marks[0],
         "backward": updated.backward_s,
         "step": updated.step_s,
-        "sync": marks[3] - marks[2],
-        "total": marks[3] - began,
+        "sync": marks[4] - marks[3],
+        "total": marks[4] - began,
     }
+    if config.rollout.max_lag:
+        times_s["wait"] = rollouts.waited_s - waited_s
     figures |= record.time_metrics(times_s, collected.generated_tokens, updated.train_tokens)
     figures |= record.memory_metrics()
-    figures |= sampling
+    figures |= drawn.figures
     return figures, list(record.sample_rows(progress.step + 1, groups, scores, batch))
-
-
-def collect(job: Job) -> tuple[Collected, dict[str, float]]:
-    """The groups of one step; with dynamic sampling, rollout batches until enough carry signal."""
-    config, progress = job.config, job.progress
-    params = SamplingParams(
-        max_completion_length=config.rollout.max_completion_length,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-    )
-    sampler = algos.DynamicSampler(config.trainer.prompts_per_step, config.algo)
-    seen: Counter[str] = Counter()
-    kept = Collected()
-    while sampler.needed:
-        prompts = job.train_prompts.take(progress.cursor, sampler.next_prompts)
-        progress.cursor += len(prompts)
-        counts = [config.algo.num_generations] * len(prompts)
-        requests = make_requests(prompts, counts, config.seed, progress.step, seen)
-        job.stage(f"rollout of {len(prompts)} prompts x {config.algo.num_generations}")
-        with job.sampling():
-            batch = roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
-        by_acc = config.algo.filter_groups.metric == "acc"
-        values = [score.acc_B if by_acc else score.reward_B for score in batch.scores]
-        selection = sampler.feed([value.tolist() for value in values])
-        progress.rollout_tokens += batch.generated_tokens
-        kept.extend(batch.select(selection.kept))
-    return kept, sampler.metrics()
 
 
 def publish_weights(job: Job, version: int) -> float:

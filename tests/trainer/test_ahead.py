@@ -1,0 +1,173 @@
+"""Rollouts drawn ahead: the order of the batches, how old their samples may be, and what a resumed
+run sees. On a real server where versions matter, on scripted draws where the order does."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import rlalign
+from rlalign.config import ConfigError
+from rlalign.models.random import write_random_model
+from rlalign.rollout.engine import EngineError
+from rlalign.trainer import ahead
+from rlalign.trainer.ahead import Drawn, RolloutsAhead
+from rlalign.trainer.collect import Collected
+from tests.rollout.live_server import LiveServer
+from tests.support import tiny_config
+
+# --- scripted draws ------------------------------------------------------------------------------
+
+
+def scripted(monkeypatch, max_lag: int, max_steps: int = 5, fail_at: int = -1):
+    """A job whose draws take two prompts each and note (step, cursor, thread)."""
+    calls: list[tuple[int, int, str]] = []
+
+    def draw(job: Any, step: int, cursor: int) -> Drawn:
+        calls.append((step, cursor, threading.current_thread().name))
+        if step == fail_at:
+            raise EngineError("the engine is gone")
+        return Drawn(Collected(), {"step": float(step)}, cursor + 2, 7)
+
+    monkeypatch.setattr(ahead, "draw", draw)
+    config = SimpleNamespace(
+        rollout=SimpleNamespace(max_lag=max_lag), trainer=SimpleNamespace(max_steps=max_steps)
+    )
+    progress = SimpleNamespace(step=0, cursor=0)
+    return SimpleNamespace(config=config, progress=progress, stage=lambda text: None), calls
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3, 9])
+def test_every_step_gets_its_batch_once_and_none_is_drawn_beyond_the_last(monkeypatch, max_lag):
+    job, calls = scripted(monkeypatch, max_lag)
+    rollouts = RolloutsAhead(job)
+    for step in range(5):
+        drawn = rollouts.take()
+        assert (drawn.figures["step"], drawn.cursor) == (step, 2 * step + 2)
+        assert len(calls) <= step + 1 + max_lag
+        job.progress.step += 1
+        rollouts.settle()
+    rollouts.close()
+    assert [(step, cursor) for step, cursor, _ in calls] == [(n, 2 * n) for n in range(5)]
+    main = threading.current_thread().name
+    assert all((thread == main) == (max_lag == 0) for *_, thread in calls)
+
+
+def test_a_resumed_run_draws_from_where_its_checkpoint_stands(monkeypatch):
+    job, calls = scripted(monkeypatch, max_lag=2)
+    job.progress.step, job.progress.cursor = 3, 6
+    rollouts = RolloutsAhead(job)
+    assert rollouts.take().figures["step"] == 3
+    rollouts.settle()
+    rollouts.close()
+    assert [call[:2] for call in calls] == [(3, 6), (4, 8)]
+
+
+def test_a_draw_that_fails_ends_the_step_that_needs_it_with_its_words(monkeypatch):
+    job, _ = scripted(monkeypatch, max_lag=1, fail_at=1)
+    rollouts = RolloutsAhead(job)
+    rollouts.take()
+    with pytest.raises(EngineError, match="the engine is gone"):
+        rollouts.take()
+    rollouts.close()
+
+
+def test_the_trainers_idle_time_is_measured(monkeypatch):
+    job, _ = scripted(monkeypatch, max_lag=1)
+    quick = ahead.draw
+    monkeypatch.setattr(ahead, "draw", lambda *args: time.sleep(0.2) or quick(*args))
+    rollouts = RolloutsAhead(job)
+    rollouts.take()
+    first = rollouts.waited_s
+    assert first >= 0.2
+    time.sleep(0.4)  # the trainer works, and the second batch is drawn
+    rollouts.take()
+    assert rollouts.waited_s - first < 0.1
+    rollouts.close()
+
+
+def test_drawing_ahead_needs_an_engine_in_another_process(tmp_path):
+    with pytest.raises(ConfigError, match=r"rollout\.max_lag = 1 needs .*rlalign serve MODEL"):
+        tiny_config(tmp_path, ["rollout.max_lag=1"])
+
+
+# --- a real server -------------------------------------------------------------------------------
+
+on_a_server = [
+    pytest.mark.xdist_group("server"),
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed"),
+]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Iterator[tuple[Path, LiveServer]]:
+    folder = tmp_path_factory.mktemp("run")
+    shape = {"hidden": 64, "heads": 2, "kv_heads": 1, "layers": 2, "max_positions": 64}
+    model = write_random_model(folder / "model", "qwen2", **shape)
+    tiny_config(folder)  # its prompts
+    (folder / "train.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"{i}+{i + 3}=?"}) + "\n" for i in range(12))
+    )
+    server = LiveServer(model, folder, "max_len=64")
+    yield folder, server
+    assert server.close() == 0
+
+
+def train(folder: Path, server: LiveServer, name: str, *overrides: str, resume: bool = False):
+    settings = [
+        f"name={name}", "rollout.engine=server", f"rollout.server.name={server.connection}",
+        "trainer.max_steps=6", "trainer.checkpoint_every=2", *overrides,
+    ]  # fmt: skip
+    result = rlalign.train(tiny_config(folder, settings), quiet=True, resume=resume)
+    lines = (result.path / "metrics.jsonl").read_text().splitlines()
+    return result, [json.loads(line) for line in lines]
+
+
+def samples_of(result, step: int) -> list[dict[str, Any]]:
+    path = result.path / "rollouts" / f"step_{step:06}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.usefixtures("served")
+class TestServed:
+    pytestmark = on_a_server
+
+    def test_samples_are_one_version_old_and_no_older(self, served):
+        result, rows = train(*served, "ahead", "rollout.max_lag=1")
+        assert [row["policy/lag_max"] for row in rows] == [0, 1, 1, 1, 1, 1]
+        for step in range(1, 7):
+            versions = {v for row in samples_of(result, step) for v in row["versions"]}
+            assert versions == {max(0, step - 2)}
+
+    def test_lag_0_takes_the_steps_of_vllm_in_the_trainers_process(self, served):
+        """The same engine elsewhere: same prompts, seeds and weights, and so the same samples."""
+        folder, server = served
+        result, rows = train(folder, server, "synchronous")
+        assert all(row["policy/lag_max"] == 0 for row in rows)
+        local = rlalign.train(
+            tiny_config(folder, ["name=local", "rollout.engine=vllm", "trainer.max_steps=6"]),
+            quiet=True,
+        )
+        for step in range(1, 7):
+            texts = [[row["completion"] for row in samples_of(r, step)] for r in (result, local)]
+            assert texts[0] == texts[1]
+
+    def test_a_resumed_run_goes_on_with_the_prompts_that_come_next(self, served):
+        folder, server = served
+        whole, _ = train(folder, server, "whole", "rollout.max_lag=1")
+        train(folder, server, "halves", "rollout.max_lag=1", "trainer.max_steps=3")
+        (folder / "runs" / "halves" / "result.json").unlink()
+        halves, rows = train(folder, server, "halves", "rollout.max_lag=1", resume=True)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        for step in range(1, 7):
+            prompts = [[s["prompt_id"] for s in samples_of(r, step)] for r in (whole, halves)]
+            assert prompts[0] == prompts[1]
+        assert {v for row in samples_of(halves, 4) for v in row["versions"]} == {3}
