@@ -5,21 +5,45 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rlalign.kernels.transform import Backward
 
-if TYPE_CHECKING:
-    from rlalign.kernels.linear_logprob import Lora, VocabParallel
-
 WORKSPACE_MIB = 256
 BACKENDS = ("auto", "triton", "torch", "eager")
 BACKWARDS = ("auto", "workspace", "fused")
 BACKEND_VARIABLE = "RLALIGN_KERNEL_BACKEND"
 WORKSPACE_VARIABLE = "RLALIGN_KERNEL_WORKSPACE_MIB"
+
+
+@dataclass(frozen=True)
+class VocabParallel:
+    """The head's rows [start, stop) of the whole vocabulary are here, the others with the other
+    processes of `group` (None: the default one). Targets are rows of the whole vocabulary.
+
+    `reduce_hidden_grad` sums the gradient of the hidden states over the group; switch it off where
+    the framework does so itself.
+    """
+
+    start: int
+    stop: int
+    group: Any = None
+    reduce_hidden_grad: bool = True
+
+
+class Lora(NamedTuple):
+    """A low-rank part of the head: logits gain `hidden` @ `weight`^T, before bias and scale.
+
+    `hidden` [..., R] is scale * h A^T, made outside, so that A has its gradient by autograd;
+    `weight` [V, R] is B.
+    """
+
+    hidden: Tensor
+    weight: Tensor
 
 
 def choose_backend(name: str, *operands: Tensor) -> str:

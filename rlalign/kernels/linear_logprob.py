@@ -17,13 +17,13 @@ Shapes: N tokens, D hidden size, V vocabulary, R rank of an adapter on the head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from rlalign.kernels import arguments, eager, op
+from rlalign.kernels.arguments import Lora, VocabParallel
 from rlalign.kernels.transform import Transform
 
 IGNORE_INDEX = -100
@@ -37,32 +37,6 @@ class LinearLogProbOutput(NamedTuple):
     logp: Tensor
     entropy: Tensor | None = None
     lse: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class VocabParallel:
-    """The head's rows [start, stop) of the whole vocabulary are here, the others with the other
-    processes of `group` (None: the default one). Targets are rows of the whole vocabulary.
-
-    `reduce_hidden_grad` sums the gradient of the hidden states over the group; switch it off where
-    the framework does so itself.
-    """
-
-    start: int
-    stop: int
-    group: Any = None
-    reduce_hidden_grad: bool = True
-
-
-class Lora(NamedTuple):
-    """A low-rank part of the head: logits gain `hidden` @ `weight`^T, before bias and scale.
-
-    `hidden` [..., R] is scale * h A^T, made outside, so that A has its gradient by autograd;
-    `weight` [V, R] is B.
-    """
-
-    hidden: Tensor
-    weight: Tensor
 
 
 def linear_logprob(
