@@ -237,6 +237,7 @@ ROUTES = [  # method, path, the least scope that opens it
     ("POST", "/v1/jobs/x/weights", "job"),
     ("POST", "/v1/jobs/x/draw", "generate"),
     ("POST", "/v1/jobs/x/score", "generate"),
+    ("GET", "/metrics", "generate"),
     ("GET", "/v1/models", "generate"),
     ("POST", "/v1/completions", "generate"),
     ("POST", "/v1/chat/completions", "generate"),

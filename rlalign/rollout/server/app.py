@@ -29,6 +29,7 @@ from rlalign.rollout.server.doors import Doors
 from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, Job, JobTable
+from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
 from rlalign.rollout.server.streams import as_they_end, outcome
 from rlalign.rollout.server.texts import Texts
@@ -51,6 +52,7 @@ class RolloutServer:
     ) -> None:
         self._host, self._spool, self._describe = host, spool, dict(describe)
         self._jobs = JobTable(self._describe["max_loras"])
+        self._metrics = Metrics(host, self._jobs)
         self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
         self._freed = asyncio.Condition()
         self.probe = secrets.token_hex(16)
@@ -67,6 +69,7 @@ class RolloutServer:
             ("POST", "/v1/jobs/{job}/weights", "job", self.weights),
             ("POST", "/v1/jobs/{job}/draw", "generate", self.draw),
             ("POST", "/v1/jobs/{job}/score", "generate", self.score),
+            ("GET", "/metrics", "generate", self._metrics.scrape),
             ("GET", "/v1/models", "generate", self._openai.models),
             ("POST", "/v1/completions", "generate", self._openai.completions),
             ("POST", "/v1/chat/completions", "generate", self._openai.chat),
