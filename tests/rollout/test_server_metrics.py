@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.util
+import json
+import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from transformers import AutoTokenizer
@@ -13,6 +20,7 @@ from transformers import AutoTokenizer
 from rlalign.models.lora import adapter_config, adapter_weights
 from rlalign.models.random import write_random_model
 from rlalign.rollout.engine import GenerateRequest, SamplingParams
+from rlalign.rollout.server.page import PAGE
 from rlalign.trainer.publish import publish
 from tests.rollout.live_server import LiveServer
 from tests.rollout.test_server import wait_until
@@ -25,6 +33,7 @@ pytestmark = [
 
 REQUEST = GenerateRequest("p", (5, 6, 7), seeds=(1, 2, 3))
 PARAMS = SamplingParams(20, ignore_eos=True)
+POLICY = "content-security-policy"
 HOSTILE = 'a "job"\\with\n<b>everything</b>'
 
 
@@ -109,3 +118,61 @@ def test_what_waits_and_what_runs_adds_up(server, folder):
         assert now["in_flight_sequences",] == 32  # twice max_num_seqs
         assert 500 < now["waiting_sequences",] < 1000
     wait_until(lambda: scraped(server)["in_flight_sequences",] == 0)
+
+
+# --- the page ------------------------------------------------------------------------------------
+
+
+def test_the_page_is_open_and_empty_and_may_run_nothing_but_itself(server):
+    with httpx.Client(base_url=server.url, trust_env=False) as http:
+        answer = http.get("/")
+    assert answer.status_code == 200 and answer.text == PAGE.read_text()
+    assert answer.headers["content-type"] == "text/html; charset=utf-8"
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["referrer-policy"] == "no-referrer"
+    assert answer.headers["cache-control"] == "no-store"
+    policy = dict(part.split(" ", 1) for part in answer.headers[POLICY].split("; "))
+    for tag, directive in (("script", "script-src"), ("style", "style-src")):
+        before, _, rest = answer.text.partition(f"<{tag}>")
+        inside, _, after = rest.partition(f"</{tag}>")
+        digest = base64.b64encode(hashlib.sha256(inside.encode()).digest()).decode()
+        assert policy[directive] == f"'sha256-{digest}'"
+        assert f"<{tag}" not in before + after
+    assert policy["default-src"] == policy["form-action"] == policy["base-uri"] == "'none'"
+    assert policy["connect-src"] == "'self'"
+    for loaded in ("http:", "https:", "src=", "href=", "@import", "url(", "innerHTML", "eval("):
+        assert loaded not in answer.text
+    assert not re.search(r"<[^>]+ (on\w+|style)=", answer.text)
+    assert not any(token in answer.text for token in server.tokens.values())
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
+def test_the_page_shows_the_state_to_those_who_have_a_token(server, tokenizer, folder):
+    model, script = adapted(folder, 2), Path(__file__).with_name("status_page.js")
+    with server.client(tokenizer, HOSTILE, adapter=adapter_config(model)) as engine:
+        receipt = publish(engine, adapter_weights(model), 7)
+        engine.generate([REQUEST], PARAMS)
+        state = server.state()
+        out = subprocess.run(
+            ["node", script, server.url, server.tokens["generate"], PAGE],
+            capture_output=True, text=True, timeout=60, check=True,
+        ).stdout  # fmt: skip
+    good, bad, typed = json.loads(out)
+    for page in (good, typed):
+        [[name, kind, version, digest, tokens, left]] = page["jobs"]
+        assert (name, kind, version, tokens) == (HOSTILE, "lora", "7", "60")
+        assert receipt.digest.startswith(digest) and len(digest) == 12
+        assert 0 < int(left.removesuffix(" s")) <= 60
+        assert page["tokens"].replace(" ", "") == str(state["generated_tokens"])
+        assert page["engine"] == "up" and page["speed"] == "0" and page["problem"] == ""
+        assert page["restarts"] == str(state["restarts"])
+        assert page["open"] == ["state"] and page["stored"] == [server.tokens["generate"]]
+    assert good["urls"] == ["/"] and not typed["urls"]
+    assert bad["open"] == ["login"] and not bad["stored"] and not bad["jobs"]
+    assert "does not know this token" in bad["problem"] and bad["model"] == ""
+
+
+def test_the_address_of_the_page_is_printed_and_no_token(server):
+    log = server.log.read_text()
+    assert f"status page: {server.url}/#token=TOKEN" in log
+    assert not any(token in log for token in server.tokens.values())

@@ -26,11 +26,12 @@ from rlalign.rollout.server import openai_format
 from rlalign.rollout.server.answers import Handler, answering, plain
 from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody, WeightsBody
 from rlalign.rollout.server.doors import Doors
-from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence
+from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence, Tally
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, Job, JobTable
 from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
+from rlalign.rollout.server.page import page
 from rlalign.rollout.server.streams import as_they_end, outcome
 from rlalign.rollout.server.texts import Texts
 from rlalign.types import PolicyVersion
@@ -61,6 +62,7 @@ class RolloutServer:
     def asgi(self, tokens: Mapping[str, str], max_body_bytes: int) -> Any:
         """The application behind its doors."""
         table: list[tuple[str, str, str | None, Handler]] = [
+            ("GET", "/", None, page),
             ("GET", "/health", None, self.health),
             ("GET", "/v1/server", "generate", self.server),
             ("POST", "/v1/jobs", "job", self.acquire),
@@ -97,8 +99,10 @@ class RolloutServer:
             "waiting": len(self._host.queue),
             "in_flight": self._host.in_flight,
             "generated_tokens": self._host.counters.total.generated_tokens,
+            "alive": self._host.alive,
             "restarts": self._host.counters.restarts,
-            "jobs": [_public(job) for job in self._jobs],
+            "updates": self._host.counters.updates,
+            "jobs": [self._described(job) for job in self._jobs],
         }
 
     async def acquire(self, request: Request) -> Any:
@@ -159,6 +163,11 @@ class RolloutServer:
         finally:
             self._host.cancel(sequences)
         return {"logp": [next(results) if len(ids) > 1 else [] for ids in body.sequences]}
+
+    def _described(self, job: Job) -> dict[str, Any]:
+        tally = self._host.counters.by_job.get(job.id, Tally())
+        tokens, left_s = tally.generated_tokens, self._jobs.left_s(job)
+        return {**_public(job), "generated_tokens": tokens, "left_s": round(left_s, 1)}
 
     # --- what they stand on ----------------------------------------------------------------------
 
