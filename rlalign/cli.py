@@ -89,6 +89,10 @@ def serve(
 
     def ready(url: str, connection: Path) -> None:
         out.print(f"serving {escape(model)} at {url}; jobs find it by {connection}", soft_wrap=True)
+        out.print(
+            f"status page: {url}/#token=TOKEN, where TOKEN is tokens.generate in that file",
+            soft_wrap=True,
+        )
 
     api.serve(model, overrides or [], on_ready=ready)
 

@@ -237,6 +237,10 @@ ROUTES = [  # method, path, the least scope that opens it
     ("POST", "/v1/jobs/x/weights", "job"),
     ("POST", "/v1/jobs/x/draw", "generate"),
     ("POST", "/v1/jobs/x/score", "generate"),
+    ("GET", "/metrics", "generate"),
+    ("GET", "/v1/models", "generate"),
+    ("POST", "/v1/completions", "generate"),
+    ("POST", "/v1/chat/completions", "generate"),
 ]
 
 
@@ -264,15 +268,15 @@ def test_the_list_of_doors_is_complete_and_the_rest_is_wall(server):
     table = Path(app.__file__).read_text()
     registered = {line.strip() for line in table.splitlines() if line.strip().startswith('("')}
     known = {(method, path.replace("/x", "/{job}")) for method, path, _ in ROUTES}
-    known.add(("GET", "/health"))
+    known |= {("GET", "/health"), ("GET", "/")}
     listed = {tuple(part.strip('(" ') for part in line.split(",")[:2]) for line in registered}
     assert listed == known
     with httpx.Client(base_url=server.url, trust_env=False) as http:
         assert http.get("/health").json() == {"status": "ok"}
-        for path in ("/docs", "/openapi.json", "/metrics", "/v1/models", "/", "/v1/jobs/../server"):
+        for path in ("/docs", "/openapi.json", "/metrics", "/v1/models", "/v1/jobs/../server"):
             assert http.get(path).status_code == 401
     with server.http() as http:
-        for path in ("/docs", "/openapi.json", "/", "/v1/jobs/a/b/c"):
+        for path in ("/docs", "/openapi.json", "/v1/jobs/a/b/c"):
             assert http.get(path).status_code == 404
 
 

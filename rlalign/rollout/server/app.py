@@ -12,47 +12,57 @@ import contextlib
 import json
 import secrets
 import shutil
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
 from starlette.applications import Starlette
-from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
 from starlette.routing import Match, Route
 
 from rlalign.errors import RlalignError
+from rlalign.rollout.server import openai_format
+from rlalign.rollout.server.answers import Handler, answering, plain
 from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody, WeightsBody
-from rlalign.rollout.server.doors import Doors, TooLarge
-from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence
+from rlalign.rollout.server.doors import Doors
+from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence, Tally
 from rlalign.rollout.server.engine_process import EngineLost
-from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
+from rlalign.rollout.server.jobs import Busy, Job, JobTable
+from rlalign.rollout.server.metrics import Metrics
+from rlalign.rollout.server.openai import OpenAi
+from rlalign.rollout.server.page import page
+from rlalign.rollout.server.streams import as_they_end, outcome
+from rlalign.rollout.server.texts import Texts
 from rlalign.types import PolicyVersion
 
-ALIVE_S = 2.0  # between two lines of a stream on which nothing happens
 REAP_S = 0.25  # between two looks for leases that are over
 PROTOCOL = 1  # what client and server must agree on
-
-STATUS = {TooLarge: 413, Busy: 409, JobError: 404, Refused: 400, EngineLost: 503, TimeoutError: 504}
+OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
 class RolloutServer:
     """The application: an engine, its jobs, and the folder through which weights come.
 
-    `spool` is a private folder, best in memory; `describe` is told to every client.
+    `spool` is a private folder, best in memory; `texts` has the model's tokenizer; `describe` is
+    told to every client.
     """
 
-    def __init__(self, host: EngineHost, spool: Path, describe: Mapping[str, Any]) -> None:
+    def __init__(
+        self, host: EngineHost, spool: Path, texts: Texts, describe: Mapping[str, Any]
+    ) -> None:
         self._host, self._spool, self._describe = host, spool, dict(describe)
         self._jobs = JobTable(self._describe["max_loras"])
+        self._metrics = Metrics(host, self._jobs)
+        self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
         self._freed = asyncio.Condition()
         self.probe = secrets.token_hex(16)
         (spool / "probe").write_text(self.probe)
 
     def asgi(self, tokens: Mapping[str, str], max_body_bytes: int) -> Any:
         """The application behind its doors."""
-        table: list[tuple[str, str, str | None, Callable[[Request], Awaitable[Any]]]] = [
+        table: list[tuple[str, str, str | None, Handler]] = [
+            ("GET", "/", None, page),
             ("GET", "/health", None, self.health),
             ("GET", "/v1/server", "generate", self.server),
             ("POST", "/v1/jobs", "job", self.acquire),
@@ -61,9 +71,14 @@ class RolloutServer:
             ("POST", "/v1/jobs/{job}/weights", "job", self.weights),
             ("POST", "/v1/jobs/{job}/draw", "generate", self.draw),
             ("POST", "/v1/jobs/{job}/score", "generate", self.score),
+            ("GET", "/metrics", "generate", self._metrics.scrape),
+            ("GET", "/v1/models", "generate", self._openai.models),
+            ("POST", "/v1/completions", "generate", self._openai.completions),
+            ("POST", "/v1/chat/completions", "generate", self._openai.chat),
         ]
         routes = [
-            Route(path, _plain(handler), methods=[method]) for method, path, _, handler in table
+            Route(path, answering(handler, _refusal(path)), methods=[method])
+            for method, path, _, handler in table
         ]
         scopes = {(method, path): scope for method, path, scope, _ in table}
         app = Starlette(routes=routes, lifespan=self._lifespan)
@@ -83,9 +98,11 @@ class RolloutServer:
             "max_len": self._host.limits.get("max_len"),
             "waiting": len(self._host.queue),
             "in_flight": self._host.in_flight,
-            "generated_tokens": self._host.counters.generated_tokens,
+            "generated_tokens": self._host.counters.total.generated_tokens,
+            "alive": self._host.alive,
             "restarts": self._host.counters.restarts,
-            "jobs": [_public(job) for job in self._jobs],
+            "updates": self._host.counters.updates,
+            "jobs": [self._described(job) for job in self._jobs],
         }
 
     async def acquire(self, request: Request) -> Any:
@@ -147,36 +164,22 @@ class RolloutServer:
             self._host.cancel(sequences)
         return {"logp": [next(results) if len(ids) > 1 else [] for ids in body.sequences]}
 
+    def _described(self, job: Job) -> dict[str, Any]:
+        tally = self._host.counters.by_job.get(job.id, Tally())
+        tokens, left_s = tally.generated_tokens, self._jobs.left_s(job)
+        return {**_public(job), "generated_tokens": tokens, "left_s": round(left_s, 1)}
+
     # --- what they stand on ----------------------------------------------------------------------
 
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends. A client that goes away takes the rest along."""
-        ended: asyncio.Queue[Sequence] = asyncio.Queue()
-        for sequence in sequences:
-            sequence.result.add_done_callback(lambda _, s=sequence: ended.put_nowait(s))
-        left = len(sequences)
         try:
-            while left:
-                lines = []
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(ALIVE_S):
-                        lines.append(self._line(await ended.get(), sequences))
-                while not ended.empty():
-                    lines.append(self._line(ended.get_nowait(), sequences))
-                left -= len(lines)
-                yield b"".join(lines) or b"\n"
+            async with contextlib.aclosing(as_they_end(self._host, list(sequences))) as batches:
+                async for batch in batches:
+                    yield b"".join(_line(s, *sequences[s]) for s in batch) or b"\n"
             yield _encoded({"end": len(sequences)})
         except RlalignError as error:
             yield _encoded({"error": str(error)})
-        finally:
-            self._host.cancel(list(sequences))
-
-    @staticmethod
-    def _line(sequence: Sequence, sequences: dict[Sequence, tuple[int, int]]) -> bytes:
-        if sequence.result.cancelled():
-            raise JobError("the job is over: its lease ended")
-        i, j = sequences[sequence]
-        return _encoded({**sequence.result.result(), "request": i, "index": j})
 
     async def _acquire(self, body: AcquireBody) -> Job:
         """Wait for the lease as long as the client wants to."""
@@ -218,24 +221,9 @@ class RolloutServer:
                     await self._end(job)
 
 
-def _plain(handler: Callable[[Request], Awaitable[Any]]) -> Callable[[Request], Awaitable[Any]]:
-    """Answers as JSON, and what may go wrong as a status with a reason."""
-
-    async def route(request: Request) -> Any:
-        try:
-            answer = await handler(request)
-        except ValidationError as error:
-            first = error.errors(include_url=False, include_input=False)[0]
-            where = ".".join(map(str, first["loc"])) or "the body"
-            return JSONResponse({"error": f"{where}: {first['msg']}"}, 400)
-        except ClientDisconnect:
-            return JSONResponse({"error": "the client went away"}, 400)
-        except tuple(STATUS) as error:
-            status = next(code for kind, code in STATUS.items() if isinstance(error, kind))
-            return JSONResponse({"error": str(error)}, status)
-        return answer if isinstance(answer, StreamingResponse) else JSONResponse(answer)
-
-    return route
+def _refusal(path: str) -> Callable[[int, str], dict[str, Any]]:
+    """How a route words what it refuses: OpenAI's clients expect its format."""
+    return openai_format.refusal if path in OPENAI_PATHS else plain
 
 
 def _registered(routes: list[Route], method: str, path: str) -> str | None:
@@ -249,6 +237,10 @@ def _public(job: Job) -> dict[str, Any]:
         "id": job.id, "name": job.name, "kind": job.kind, "ttl_s": job.ttl_s,
         "version": job.version.version, "digest": job.version.digest,
     }  # fmt: skip
+
+
+def _line(sequence: Sequence, request: int, index: int) -> bytes:
+    return _encoded({**outcome(sequence), "request": request, "index": index})
 
 
 def _encoded(message: dict[str, Any]) -> bytes:

@@ -56,14 +56,21 @@ class Update:
 
 
 @dataclass
+class Tally:
+    """What a job was given."""
+
+    generated_tokens: int = 0
+    sequences: int = 0  # drawn and scored
+
+
+@dataclass
 class Counters:
     """Since the server started; of the engine, whichever process it is."""
 
-    generated_tokens: int = 0
-    sequences: int = 0
+    total: Tally = field(default_factory=Tally)
+    by_job: dict[str, Tally] = field(default_factory=dict)
     restarts: int = 0
     updates: int = 0
-    by_job: dict[str, int] = field(default_factory=dict)  # generated tokens
 
 
 class EngineHost:
@@ -79,6 +86,7 @@ class EngineHost:
         self.counters = Counters()
         self.update: Update | None = None  # None: the model folder's own weights
         self.adapters: dict[str, Update] = {}  # by job
+        self.limits: dict[str, Any] = {}  # what the engine said of itself: vocab and max_len
         self.failure = ""  # why there is no engine, for good
         self._in_flight: dict[int, Sequence] = {}
         self._numbers = itertools.count()
@@ -93,11 +101,6 @@ class EngineHost:
         self._reviving: asyncio.Task[None] | None = None
 
     # --- sequences -------------------------------------------------------------------------------
-
-    @property
-    def limits(self) -> dict[str, Any]:
-        """What the engine said of itself: vocab and max_len."""
-        return self._process.ready if self._process is not None else {}
 
     @property
     def in_flight(self) -> int:
@@ -249,6 +252,7 @@ class EngineHost:
     async def _start(self) -> None:
         self._process = process = EngineProcess()
         await process.start(self._setup, self._start_timeout_s)
+        self.limits = process.ready
         self._reading = asyncio.create_task(self._read(process))
 
     async def _read(self, process: EngineProcess) -> None:
@@ -281,9 +285,9 @@ class EngineHost:
         self._pump()
 
     def _count(self, job: str, tokens: int) -> None:
-        self.counters.sequences += 1
-        self.counters.generated_tokens += tokens
-        self.counters.by_job[job] = self.counters.by_job.get(job, 0) + tokens
+        for tally in (self.counters.total, self.counters.by_job.setdefault(job, Tally())):
+            tally.sequences += 1
+            tally.generated_tokens += tokens
 
     async def _died(self, why: str) -> None:
         while True:

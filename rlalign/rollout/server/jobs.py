@@ -48,6 +48,7 @@ class JobTable:
     def __init__(self, max_loras: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_loras, self._clock = max_loras, clock
         self._jobs: dict[str, Job] = {}
+        self.names: dict[str, str] = {}  # of every job there ever was, by id: counts outlive jobs
 
     def __iter__(self):
         return iter(list(self._jobs.values()))
@@ -71,6 +72,7 @@ class JobTable:
         self._refuse_if_busy(kind)
         job = Job(secrets.token_hex(8), name, kind, ttl_s, self._clock() + ttl_s)
         self._jobs[job.id] = job
+        self.names[job.id] = name
         return job
 
     def _refuse_if_busy(self, kind: str) -> None:
@@ -82,7 +84,7 @@ class JobTable:
             what = "an adapter's place" if kind == job.kind == "lora" else "the server's weights"
             raise Busy(
                 f"job {job.name!r} has {what} for another "
-                f"{max(0.0, job.expires - self._clock()):.0f} s unless it renews its lease: wait "
+                f"{self.left_s(job):.0f} s unless it renews its lease: wait "
                 "for it (rollout.server.wait_s), or use another server"
             )
 
@@ -105,6 +107,10 @@ class JobTable:
         job = self.get(job_id)
         del self._jobs[job_id]
         return job
+
+    def left_s(self, job: Job) -> float:
+        """How long the lease lasts unless it is renewed, seconds."""
+        return max(0.0, job.expires - self._clock())
 
     def expired(self) -> list[Job]:
         """Leases that are past their time, and now gone."""

@@ -30,6 +30,7 @@ from rlalign.rollout.server.connection import (
 )
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
+from rlalign.rollout.server.texts import Texts
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
 BACKLOG = 2048
@@ -60,8 +61,9 @@ async def _run(
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = resolve_model_path(config.model, config.seed)
     setup = {
-        "model": resolve_model_path(config.model, config.seed),
+        "model": folder,
         "vllm": dataclasses.asdict(config.vllm),
         "max_len": config.max_len,
         "dtype": config.dtype,
@@ -71,16 +73,19 @@ async def _run(
     # Twice what runs together, so that a sequence is at hand when another one ends.
     slots = 2 * config.vllm.max_num_seqs
     host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s)
+    texts = Texts(folder)
     try:
         await host.start()
-        await _listen_until_stopped(config, host, listener, spool, on_ready)
+        await _listen_until_stopped(config, host, texts, listener, spool, on_ready)
     finally:
+        texts.close()
         await host.close()
 
 
 async def _listen_until_stopped(
     config: ServeConfig,
     host: EngineHost,
+    texts: Texts,
     listener: socket.socket,
     spool: Path,
     on_ready: Callable[[str, Path], None] | None,
@@ -90,7 +95,7 @@ async def _listen_until_stopped(
         "model": config.model, "dtype": config.dtype, "name": config.name,
         "max_loras": config.vllm.max_loras, "max_lora_rank": config.vllm.max_lora_rank,
     }  # fmt: skip
-    app = RolloutServer(host, spool, described).asgi(tokens, config.max_body_mib * 2**20)
+    app = RolloutServer(host, spool, texts, described).asgi(tokens, config.max_body_mib * 2**20)
     server = _Server(
         uvicorn.Config(
             app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S

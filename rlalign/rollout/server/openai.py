@@ -1,0 +1,158 @@
+"""OpenAI's routes for completions, so that programs which speak to its API can sample from the
+policy that is being trained.
+
+A model is the served one, under whatever weights a full job has given it, or a job with an
+adapter. What names no job shares the engine with the jobs as one more of them. A stream has one
+piece of text for each choice: the engine gives sequences when they are finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import secrets
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+
+from rlalign.errors import RlalignError
+from rlalign.rollout.engine import SamplingParams
+from rlalign.rollout.limits import Limits
+from rlalign.rollout.seeds import sample_seed
+from rlalign.rollout.server.answers import UnknownModel, status_of
+from rlalign.rollout.server.engine_host import EngineHost, Sequence
+from rlalign.rollout.server.jobs import JobTable
+from rlalign.rollout.server.openai_bodies import ChatBody, CompletionBody
+from rlalign.rollout.server.openai_format import ChatFormat, CompletionFormat, Format, refusal
+from rlalign.rollout.server.streams import as_they_end, outcome
+from rlalign.rollout.server.texts import Texts
+
+JOB = "openai"  # in the queue; no lease has such an id
+
+
+class OpenAi:
+    """The handlers. `model` is the name of the served model."""
+
+    def __init__(self, host: EngineHost, jobs: JobTable, texts: Texts, model: str) -> None:
+        self._host, self._jobs, self._texts, self._model = host, jobs, texts, model
+        self._began = int(time.time())
+
+    async def models(self, request: Request) -> Any:
+        known = [{"id": name, "object": "model", "created": self._began, "owned_by": "rlalign"}
+                 for name in self._names()]  # fmt: skip
+        return {"object": "list", "data": known}
+
+    async def completions(self, request: Request) -> Any:
+        body = CompletionBody.model_validate_json(await request.body())
+        texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
+        encoded = iter(await self._texts.encode(texts) if texts else ())
+        prompts = [next(encoded) if isinstance(p, str) else p for p in body.prompt]
+        return await self._answer(request, body, prompts, CompletionFormat(body.model))
+
+    async def chat(self, request: Request) -> Any:
+        body = ChatBody.model_validate_json(await request.body())
+        prompt = await self._texts.encode_chat([message.plain for message in body.messages])
+        return await self._answer(request, body, [prompt], ChatFormat(body.model))
+
+    # --- what they stand on ----------------------------------------------------------------------
+
+    async def _answer(
+        self,
+        request: Request,
+        body: CompletionBody | ChatBody,
+        prompts: list[list[int]],
+        form: Format,
+    ) -> Response | dict[str, Any]:
+        sequences = self._submit(body, prompts)
+        prompt_tokens = sum(map(len, prompts))
+        if body.stream:
+            events = self._events(body, sequences, prompt_tokens, form)
+            return StreamingResponse(events, media_type="text/event-stream")
+        async with contextlib.aclosing(as_they_end(self._host, sequences)) as batches:
+            async for batch in batches:
+                for sequence in batch:
+                    outcome(sequence)  # the first that failed speaks for all
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+        choices, tokens = [], 0
+        for i, sequence in enumerate(sequences):
+            done = outcome(sequence)
+            text = await self._texts.decode(done["ids"], body.stop, body.logp_wanted)
+            tokens += text.num_tokens
+            choices.append(form.choice(i, text, done, body.logp_wanted))
+        return form.whole(choices, prompt_tokens, tokens)
+
+    def _submit(self, body: CompletionBody | ChatBody, prompts: list[list[int]]) -> list[Sequence]:
+        """Queue `n` sequences of each prompt. Raises UnknownModel, and EngineError for what the
+        engine cannot do."""
+        job = self._job(body.model)
+        limits = Limits(self._host.limits["vocab"], self._host.limits["max_len"])
+        seed = secrets.randbits(63) if body.seed is None else body.seed
+        ready = []
+        for i, ids in enumerate(prompts):
+            longest = body.longest or max(1, limits.max_len - len(ids))
+            params = {
+                "max_completion_length": longest, "temperature": body.temperature,
+                "top_p": body.top_p, "top_k": body.top_k,
+                "stop_token_ids": body.stop_token_ids, "ignore_eos": body.ignore_eos,
+            }  # fmt: skip
+            limits.check_params(SamplingParams(longest, body.temperature))
+            limits.check_ids(ids, longest, f"prompt {i}")
+            message = {"kind": "draw", "ids": ids, "params": params}
+            for j in range(body.n):
+                ready.append(({**message, "seed": sample_seed(seed, str(i), j, 0)}, longest))
+        return [self._host.submit(job, m, len(m["ids"]) + longest) for m, longest in ready]
+
+    async def _events(
+        self,
+        body: CompletionBody | ChatBody,
+        sequences: list[Sequence],
+        prompt_tokens: int,
+        form: Format,
+    ) -> AsyncIterator[str]:
+        """Server-sent events: each choice as it ends; a comment where none does for a while."""
+        places = {sequence: i for i, sequence in enumerate(sequences)}
+        tokens = 0
+        try:
+            async with contextlib.aclosing(as_they_end(self._host, sequences)) as batches:
+                async for batch in batches:
+                    if not batch:
+                        yield ": alive\n\n"
+                    for sequence in batch:
+                        done = outcome(sequence)
+                        text = await self._texts.decode(done["ids"], body.stop, body.logp_wanted)
+                        tokens += text.num_tokens
+                        for choice in form.parts(places[sequence], text, done, body.logp_wanted):
+                            yield _event(form.part([choice]))
+            if body.stream_options is not None and body.stream_options.include_usage:
+                yield _event(form.part([], prompt_tokens, tokens))
+            yield "data: [DONE]\n\n"
+        except (RlalignError, TimeoutError) as error:
+            yield _event(refusal(status_of(error), str(error)))
+
+    def _job(self, model: str) -> str:
+        """Under which job's name a request for `model` runs. Raises UnknownModel with those there
+        are."""
+        if model == self._model:
+            return JOB
+        adapted = [job for job in self._jobs if job.kind == "lora"]
+        found = [job for job in adapted if job.id == model]
+        found = found or [job for job in adapted if job.name == model]
+        if len(found) == 1:
+            return found[0].id
+        what = f"{len(found)} jobs are called" if found else "there is no model"
+        raise UnknownModel(f"{what} {model!r}; choose one of {', '.join(self._names())}")
+
+    def _names(self) -> list[str]:
+        """Of the models: jobs with an adapter by name, by id where others have the name too."""
+        adapted = [job for job in self._jobs if job.kind == "lora"]
+        count = Counter([self._model, *(job.name for job in adapted)])
+        return [self._model, *(j.name if count[j.name] == 1 else j.id for j in adapted)]
+
+
+def _event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
