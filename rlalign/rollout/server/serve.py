@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from getpass import getuser
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -30,6 +31,7 @@ from rlalign.rollout.server.connection import (
 )
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
+from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
 BACKLOG = 2048
@@ -71,10 +73,18 @@ async def _run(
     # Twice what runs together, so that a sequence is at hand when another one ends.
     slots = 2 * config.vllm.max_num_seqs
     host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s)
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told.set)
+    stopped, started = loop.create_task(told.wait()), loop.create_task(host.start())
     try:
-        await host.start()
-        await _listen_until_stopped(config, host, listener, spool, on_ready)
+        await asyncio.wait((stopped, started), return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            started.result()
+            await _listen_until_stopped(config, host, listener, spool, stopped, on_ready)
     finally:
+        started.cancel()
+        stopped.cancel()
         await host.close()
 
 
@@ -83,6 +93,7 @@ async def _listen_until_stopped(
     host: EngineHost,
     listener: socket.socket,
     spool: Path,
+    stopped: asyncio.Task[Any],
     on_ready: Callable[[str, Path], None] | None,
 ) -> None:
     tokens, path = make_tokens(), connection_path(config.name)
@@ -93,11 +104,15 @@ async def _listen_until_stopped(
     app = RolloutServer(host, spool, described).asgi(tokens, config.max_body_mib * 2**20)
     server = _Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+            app,
+            http=HttpProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S,
         )
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    stopped.add_done_callback(server.stop)
     address, port = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
     listener.listen(BACKLOG)  # before anybody can read where
@@ -114,7 +129,7 @@ async def _listen_until_stopped(
 class _Server(uvicorn.Server):
     """uvicorn that leaves signals to us: it would raise them again before we have cleaned up."""
 
-    def stop(self) -> None:
+    def stop(self, _: object = None) -> None:
         self.should_exit = True
 
     @contextlib.contextmanager
