@@ -79,6 +79,11 @@ class RolloutServer:
         app = Starlette(routes=routes, lifespan=self._lifespan)
         return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes)
 
+    async def close(self) -> None:
+        """Tell everybody who waits that the server is shutting down."""
+        await self._host.close()
+        await self._notify()
+
     # --- routes ----------------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Any:
@@ -133,9 +138,7 @@ class RolloutServer:
             raise
         self._jobs.renew(job.id)  # or it is over, and what it left is about to go
         job.version = PolicyVersion(version, digest)
-        before, job.folder = job.folder, folder
-        if before is not None:
-            shutil.rmtree(before, ignore_errors=True)
+        self._replace(job, folder)
         return {"version": version, "digest": digest}
 
     async def draw(self, request: Request) -> Any:
@@ -191,6 +194,18 @@ class RolloutServer:
             raise Refused(f"{sent} holds no safetensors files of version {version}")
         return sent.rename(sent.with_name(f"taken-{next(self._numbers)}"))
 
+    def _replace(self, job: Job, folder: Path) -> None:
+        """Delete what no sequence needs any more: vLLM may read an adapter again while one runs."""
+        if job.folder is not None:
+            job.replaced.append((job.folder, self._host.next_number))
+        job.folder, replaced, job.replaced = folder, job.replaced, []
+        needed = self._host.oldest(job.id) if job.kind == "lora" else self._host.next_number
+        for old, before in replaced:
+            if before <= needed:
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                job.replaced.append((old, before))
+
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends."""
         ended: asyncio.Queue[Sequence] = asyncio.Queue()
@@ -244,8 +259,11 @@ class RolloutServer:
         finally:
             shutil.rmtree(self._spool / job.id, ignore_errors=True)
             self._jobs.free(job)
-            async with self._freed:
-                self._freed.notify_all()
+            await self._notify()
+
+    async def _notify(self) -> None:
+        async with self._freed:
+            self._freed.notify_all()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import math
 import time
@@ -46,7 +45,7 @@ class EngineHost:
         self.adapters: dict[str, Update] = {}  # by job
         self.failure = ""  # why there is no engine, for good
         self._in_flight: dict[int, Sequence] = {}
-        self._numbers = itertools.count()
+        self.next_number = 0  # of a sequence that goes to the engine
         self._holds = 0  # above 0: nothing new goes to the engine
         self._up = asyncio.Event()  # there is an engine with the weights in use, or never again
         self._drained = asyncio.Event()
@@ -78,6 +77,11 @@ class EngineHost:
         self.queue.push(job, sequence, tokens)
         self._pump()
         return sequence
+
+    def oldest(self, job: str) -> int:
+        """The number of the job's oldest sequence in the engine, or of the next one."""
+        mine = (number for number, s in self._in_flight.items() if s.job == job)
+        return min(mine, default=self.next_number)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
         """Forget sequences nobody waits for any more."""
@@ -111,7 +115,7 @@ class EngineHost:
         open_ = self._up.is_set() and not self._holds
         while open_ and len(self.queue) and len(self._in_flight) < self._slots:
             sequence = self.queue.pop()
-            sequence.number = next(self._numbers)
+            sequence.number, self.next_number = self.next_number, self.next_number + 1
             sequence.attempts += 1
             self._in_flight[sequence.number] = sequence
             self._send({**sequence.message, "job": sequence.job, "seq": sequence.number})

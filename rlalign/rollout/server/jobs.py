@@ -41,6 +41,7 @@ class Job:
     expires: float  # of the table's clock
     version: PolicyVersion = field(default_factory=lambda: PolicyVersion(0, ""))
     folder: Path | None = None  # of that version
+    replaced: list[tuple[Path, int]] = field(default_factory=list)  # and before which sequence
 
 
 class JobTable:

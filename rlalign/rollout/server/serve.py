@@ -35,7 +35,8 @@ from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
 BACKLOG = 2048
-DRAIN_S = 5  # what requests in flight have left when the server is told to stop
+DRAIN_S = 4  # what requests in flight have left when the server is told to stop
+LAST_WORDS_S = 2  # and to be told so
 
 
 def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = None) -> None:
@@ -101,18 +102,19 @@ async def _listen_until_stopped(
         "model": config.model, "dtype": config.dtype, "name": config.name,
         "max_loras": config.vllm.max_loras, "max_lora_rank": config.vllm.max_lora_rank,
     }  # fmt: skip
-    app = RolloutServer(host, spool, described).asgi(tokens, config.max_body_mib * 2**20)
+    rollouts = RolloutServer(host, spool, described)
     server = _Server(
         uvicorn.Config(
-            app,
+            rollouts.asgi(tokens, config.max_body_mib * 2**20),
             http=HttpProtocol,
             ws="none",
             log_level="warning",
             access_log=False,
-            timeout_graceful_shutdown=DRAIN_S,
+            timeout_graceful_shutdown=DRAIN_S + LAST_WORDS_S,
         )
     )
     stopped.add_done_callback(server.stop)
+    closing = asyncio.create_task(_close_after(stopped, rollouts))
     address, port = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
     listener.listen(BACKLOG)  # before anybody can read where
@@ -122,8 +124,15 @@ async def _listen_until_stopped(
             on_ready(url, path)
         await server.serve(sockets=[listener])
     finally:
+        closing.cancel()
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+
+async def _close_after(stopped: asyncio.Task[Any], rollouts: RolloutServer) -> None:
+    await stopped
+    await asyncio.sleep(DRAIN_S)
+    await rollouts.close()
 
 
 class _Server(uvicorn.Server):
