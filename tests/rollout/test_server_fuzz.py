@@ -214,6 +214,7 @@ def bad_protocol(rng: random.Random, raw: Raw, job: str) -> tuple[str, bytes]:
             raw.head("POST", path, f"Content-Length: {'9' * 5000}") + body,
             raw.head("POST", path, size, f"Content-Length: {len(body) - 1}") + body,
             raw.head("POST", path, size, chunked) + body,
+            raw.head("POST", path, chunked, size) + b"5\r\n" + body,
             raw.head("POST", path, chunked) + b"zz\r\n" + body,
             raw.head("POST", path, chunked) + b"-5\r\n" + body,
             raw.head("POST", path, chunked) + b"fffffffffffffffffffff\r\n" + body,

@@ -68,6 +68,10 @@ class Doors:
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and reason, or None where the request may pass."""
         headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+            return 400, f"HTTP {scope['http_version']} is not spoken here; use HTTP/1.1"
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            return 400, "a body has Content-Length or Transfer-Encoding: where would it end?"
         method, path = scope["method"], self._match(scope["method"], scope["path"])
         if path is not None and self._scopes.get((method, path), "") is None:
             return None
@@ -122,6 +126,8 @@ class Doors:
 async def _answer(send: Send, status: int, reason: str) -> None:
     body = json.dumps({"error": reason}).encode()
     headers = [(b"content-type", b"application/json")]
+    if status == 400:  # nobody knows where the next request begins
+        headers.append((b"connection", b"close"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})
