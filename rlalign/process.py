@@ -51,11 +51,15 @@ class Child:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout_s)
 
+    def kill(self) -> None:
+        """Send SIGKILL to it and to everything it started."""
+        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def stop(self) -> int | None:
         """Kill it with everything it started; the code it had ended with, None if it had not."""
         returncode = self._process.poll()
-        with contextlib.suppress(ProcessLookupError):  # the whole group is gone already
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self.kill()
         self._process.wait(EXIT_TIMEOUT_S)
         self.socket.close()
         os.close(self._lifeline)

@@ -150,7 +150,7 @@ class RolloutClient:
         folder = self._spool / str(version)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            folder.mkdir(mode=0o700)
+            self._make(folder)
             if self._adapter is None:
                 for i, (name, tensor) in enumerate(parameters):
                     _write(folder / f"{i:06}.safetensors", {name: tensor})
@@ -158,12 +158,12 @@ class RolloutClient:
                 (folder / "adapter_config.json").write_text(json.dumps(self._adapter))
                 tensors = {ADAPTER_PREFIX + name: tensor for name, tensor in parameters}
                 _write(folder / ADAPTER_FILE, tensors)
-        except BaseException:
+            answer = self._call(
+                "POST", f"{self._job}/weights", {"version": version}, timeout_s=self._cfg.timeout_s
+            )
+        except BaseException:  # what the server has taken is out of our reach
             shutil.rmtree(folder, ignore_errors=True)
             raise
-        answer = self._call(
-            "POST", f"{self._job}/weights", {"version": version}, timeout_s=self._cfg.timeout_s
-        )
         self._version = PolicyVersion(answer["version"], answer["digest"])
         return self._version
 
@@ -238,6 +238,14 @@ class RolloutClient:
             if answer.status_code == 404:
                 self._lost = _reason(answer)
                 return
+
+    def _make(self, folder: Path) -> None:
+        try:
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            # A lease that is over has no folder any more, and the server says so.
+            self._call("POST", f"{self._job}/heartbeat", timeout_s=SILENCE_S)
+            raise EngineError(f"no folder for weights can be made: {error}") from error
 
     def _check_usable(self) -> None:
         if self._closed.is_set():

@@ -78,6 +78,20 @@ def test_a_dropped_job_leaves_nothing():
     assert (len(queue), queue.pop()) == (1, 2)
 
 
+def test_what_was_never_served_is_not_paid_for():
+    """A job that gave up its sequences is not behind the others for it."""
+    queue: FairQueue = FairQueue()
+    given_up = {("a", i) for i in range(1000)}
+    for item in given_up:
+        queue.push("a", item, tokens=1000)
+    queue.discard(given_up)
+    assert len(queue) == 0
+    for i in range(50):
+        for job in ("a", "b"):
+            queue.push(job, (job, 10 + i % 2), tokens=10)
+    assert {queue.pop()[0] for _ in range(2)} == {"a", "b"}
+
+
 class Clock:
     now = 100.0
 
@@ -107,6 +121,11 @@ def test_one_full_job_at_a_time_and_the_next_when_it_is_over():
     with pytest.raises(Busy, match=r"job 'run' has the server's weights for another 6 s"):
         table.acquire("other")
     table.release(job.id)
+    with pytest.raises(JobError, match="its lease ended"):
+        table.renew(job.id)
+    with pytest.raises(Busy):  # its weights may still be in the engine
+        table.acquire("other")
+    table.free(job)
     assert table.acquire("other").id != job.id
 
 
@@ -119,10 +138,13 @@ def test_lora_jobs_share_the_server_up_to_its_places_and_never_with_a_full_one()
         table.acquire("c", "lora")
     with pytest.raises(Busy, match="job 'a' has the server's weights"):
         table.acquire("d", "full")
-    table.release(first.id)
+    table.free(table.release(first.id))
     table.acquire("c", "lora", ttl_s=5)
     clock.now += 30
-    assert [job.name for job in table.expired()] == ["b", "c"]
+    over = table.expired()
+    assert [job.name for job in over] == ["b", "c"]
+    for job in over:
+        table.free(job)
     table.acquire("d", "full")
     with pytest.raises(Busy, match="job 'd' has the server's weights"):
         table.acquire("e", "lora")

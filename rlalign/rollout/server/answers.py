@@ -11,10 +11,10 @@ from starlette.responses import JSONResponse, Response
 
 from rlalign.errors import RlalignError
 from rlalign.rollout.engine import EngineError
-from rlalign.rollout.server.doors import TooLarge
-from rlalign.rollout.server.engine_host import Refused
+from rlalign.rollout.server.doors import TooLarge, TooSlow
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, JobError
+from rlalign.rollout.server.sequences import Refused
 
 Handler = Callable[[Request], Awaitable[Any]]
 
@@ -24,8 +24,8 @@ class UnknownModel(RlalignError):
 
 
 STATUS = {
-    TooLarge: 413, Busy: 409, JobError: 404, UnknownModel: 404, Refused: 400, EngineError: 400,
-    EngineLost: 503, TimeoutError: 504,
+    TooLarge: 413, TooSlow: 408, Busy: 409, JobError: 404, UnknownModel: 404, Refused: 400,
+    EngineError: 400, EngineLost: 503, TimeoutError: 504, OSError: 507,
 }  # fmt: skip
 
 
@@ -48,7 +48,9 @@ def answering(
             return JSONResponse(refusal(400, "the client went away"), 400)
         except tuple(STATUS) as error:
             status = status_of(error)
-            return JSONResponse(refusal(status, str(error)), status)
+            # What is left of a body is not worth reading.
+            headers = {"Connection": "close"} if status in (408, 413) else None
+            return JSONResponse(refusal(status, str(error)), status, headers)
         return answer if isinstance(answer, Response) else JSONResponse(answer)
 
     return route

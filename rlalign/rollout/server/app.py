@@ -9,35 +9,41 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import secrets
 import shutil
+import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Match, Route
 
 from rlalign.errors import RlalignError
+from rlalign.rollout.engine import SamplingParams
+from rlalign.rollout.limits import Limits
 from rlalign.rollout.server import openai_format
 from rlalign.rollout.server.answers import Handler, answering, plain
 from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody, WeightsBody
+from rlalign.rollout.server.connected import Stream, unless_gone
 from rlalign.rollout.server.doors import Doors
-from rlalign.rollout.server.engine_host import EngineHost, Refused, Sequence, Tally
+from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.engine_process import EngineLost
-from rlalign.rollout.server.jobs import Busy, Job, JobTable
+from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
 from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
 from rlalign.rollout.server.page import page
+from rlalign.rollout.server.sequences import Refused, Sequence, Tally
 from rlalign.rollout.server.streams import as_they_end, outcome
 from rlalign.rollout.server.texts import Texts
 from rlalign.types import PolicyVersion
 
 REAP_S = 0.25  # between two looks for leases that are over
 PROTOCOL = 1  # what client and server must agree on
+
 OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
@@ -56,6 +62,8 @@ class RolloutServer:
         self._metrics = Metrics(host, self._jobs)
         self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
         self._freed = asyncio.Condition()
+        self._endings: set[asyncio.Task[None]] = set()  # of jobs whose lease ran out
+        self._numbers = itertools.count()  # of folders that were taken in
         self.probe = secrets.token_hex(16)
         (spool / "probe").write_text(self.probe)
 
@@ -84,6 +92,11 @@ class RolloutServer:
         app = Starlette(routes=routes, lifespan=self._lifespan)
         return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes)
 
+    async def close(self) -> None:
+        """Tell everybody who waits that the server is shutting down."""
+        await self._host.close()
+        await self._notify()
+
     # --- routes ----------------------------------------------------------------------------------
 
     async def health(self, request: Request) -> Any:
@@ -107,10 +120,16 @@ class RolloutServer:
 
     async def acquire(self, request: Request) -> Any:
         body = AcquireBody.model_validate_json(await request.body())
-        job = await self._acquire(body)
-        (self._spool / job.id).mkdir(mode=0o700)
-        limits = {name: self._host.limits[name] for name in ("vocab", "max_len")}
-        return {**_public(job), **limits, "spool": str(self._spool / job.id), "probe": self.probe}
+        job = await unless_gone(request, self._acquire(body))
+        try:
+            if await request.is_disconnected():  # it left as the lease came
+                raise ClientDisconnect
+            (self._spool / job.id).mkdir(mode=0o700)
+        except BaseException:
+            await self._end(self._jobs.release(job.id))
+            raise
+        spool = str(self._spool / job.id)
+        return {**_public(job), **_limits(self._host), "spool": spool, "probe": self.probe}
 
     async def heartbeat(self, request: Request) -> Any:
         return _public(self._jobs.renew(request.path_params["job"]))
@@ -121,45 +140,50 @@ class RolloutServer:
         return {"released": job.id}
 
     async def weights(self, request: Request) -> Any:
+        version = WeightsBody.model_validate_json(await self._body(request)).version
         job = self._jobs.renew(request.path_params["job"])
-        version = WeightsBody.model_validate_json(await request.body()).version
-        folder = self._spool / job.id / str(version)
-        if not any(folder.glob("*.safetensors")):
-            raise Refused(f"{folder} holds no safetensors files of version {version}")
-        if job.kind == "lora":
-            digest = await self._host.update_adapter(job.id, folder, version)
-        else:
-            digest = await self._host.update_weights(folder, version)
+        folder = self._take_in(job, version)
+        try:
+            if job.kind == "lora":
+                digest = await self._host.update_adapter(job.id, folder, version)
+            else:
+                digest = await self._host.update_weights(folder, version)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._jobs.renew(job.id)  # or it is over, and what it left is about to go
         job.version = PolicyVersion(version, digest)
-        for old in folder.parent.iterdir():
-            if old != folder:
-                shutil.rmtree(old, ignore_errors=True)
+        self._replace(job, folder)
         return {"version": version, "digest": digest}
 
     async def draw(self, request: Request) -> Any:
+        body = DrawBody.model_validate_json(await self._body(request))
         job = self._jobs.renew(request.path_params["job"])
-        body = DrawBody.model_validate_json(await request.body())
+        params, limits = body.params.model_dump(), Limits(**_limits(self._host))
+        limits.check_params(SamplingParams(**params))
+        for i, item in enumerate(body.requests):
+            limits.check_ids(item.ids, body.params.max_completion_length, f"request {i}")
         sequences = {}
         for i, item in enumerate(body.requests):
             for j, seed in enumerate(item.seeds):
-                message = {
-                    "kind": "draw", "ids": item.ids, "seed": seed,
-                    "params": body.params.model_dump(),
-                }  # fmt: skip
+                message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": params}
                 cost = len(item.ids) + body.params.max_completion_length
                 sequences[self._host.submit(job.id, message, cost)] = (i, j)
-        return StreamingResponse(self._lines(sequences), media_type="application/x-ndjson")
+        return Stream(self._lines(sequences), lambda: self._host.cancel(sequences))
 
     async def score(self, request: Request) -> Any:
+        body = ScoreBody.model_validate_json(await self._body(request))
         job = self._jobs.renew(request.path_params["job"])
-        body = ScoreBody.model_validate_json(await request.body())
+        limits = Limits(**_limits(self._host))
+        for i, ids in enumerate(body.sequences):
+            limits.check_ids(ids, 0, f"sequence {i}")
         sequences = [
             self._host.submit(job.id, {"kind": "score", "ids": ids}, len(ids))
             for ids in body.sequences
             if len(ids) > 1
         ]
         try:
-            results = iter([(await sequence.result)["logp"] for sequence in sequences])
+            results = iter(await unless_gone(request, _scores(sequences)))
         finally:
             self._host.cancel(sequences)
         return {"logp": [next(results) if len(ids) > 1 else [] for ids in body.sequences]}
@@ -170,6 +194,37 @@ class RolloutServer:
         return {**_public(job), "generated_tokens": tokens, "left_s": round(left_s, 1)}
 
     # --- what they stand on ----------------------------------------------------------------------
+
+    async def _body(self, request: Request) -> bytes:
+        """Of a request to a job. It may take its time: look for the job again afterwards."""
+        self._jobs.get(request.path_params["job"])
+        return await request.body()
+
+    def _take_in(self, job: Job, version: int) -> Path:
+        """The folder that the client wrote for `version`, out of the client's way: what it writes
+        from now on is another update, and this one can be read again when the engine died."""
+        sent = self._spool / job.id / str(version)
+        if sent.is_symlink() or not sent.is_dir():
+            raise Refused(f"there is no folder {sent} with the weights of version {version}")
+        files = list(sent.iterdir())
+        strange = [file.name for file in files if file.is_symlink() or not file.is_file()]
+        if strange:
+            raise Refused(f"{sent} holds something that is no plain file: {strange[0]!r}")
+        if not any(file.suffix == ".safetensors" for file in files):
+            raise Refused(f"{sent} holds no safetensors files of version {version}")
+        return sent.rename(sent.with_name(f"taken-{next(self._numbers)}"))
+
+    def _replace(self, job: Job, folder: Path) -> None:
+        """Delete what no sequence needs any more: vLLM may read an adapter again while one runs."""
+        if job.folder is not None:
+            job.replaced.append((job.folder, self._host.next_number))
+        job.folder, replaced, job.replaced = folder, job.replaced, []
+        needed = self._host.oldest(job.id) if job.kind == "lora" else self._host.next_number
+        for old, before in replaced:
+            if before <= needed:
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                job.replaced.append((old, before))
 
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends. A client that goes away takes the rest along."""
@@ -186,6 +241,8 @@ class RolloutServer:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + body.wait_s
         while True:
+            if self._host.failure:
+                raise EngineLost(self._host.failure)
             try:
                 return self._jobs.acquire(body.name, body.kind, body.ttl_s)
             except Busy:
@@ -198,12 +255,18 @@ class RolloutServer:
 
     async def _end(self, job: Job) -> None:
         """What a job leaves behind goes; the engine is back on its own weights before the next."""
-        self._host.drop_job(job.id)
-        if job.kind == "lora":
-            await self._host.forget_adapter(job.id)
-        else:
-            await self._host.reset_weights()
-        shutil.rmtree(self._spool / job.id, ignore_errors=True)
+        self._host.drop_job(job.id, JobError("the job is over: its lease ended"))
+        try:
+            if job.kind == "lora":
+                await self._host.forget_adapter(job.id)
+            else:
+                await self._host.reset_weights()
+        finally:
+            shutil.rmtree(self._spool / job.id, ignore_errors=True)
+            self._jobs.free(job)
+            await self._notify()
+
+    async def _notify(self) -> None:
         async with self._freed:
             self._freed.notify_all()
 
@@ -215,10 +278,27 @@ class RolloutServer:
 
     async def _reap(self) -> None:
         while True:
+            due = time.monotonic() + REAP_S
             await asyncio.sleep(REAP_S)
+            late = time.monotonic() - due
+            if late > REAP_S:  # we stood still: heartbeats wait in their sockets
+                self._jobs.extend(late)
             for job in self._jobs.expired():
-                with contextlib.suppress(EngineLost, TimeoutError):
-                    await self._end(job)
+                ending = asyncio.create_task(self._reaped(job))
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
+
+    async def _reaped(self, job: Job) -> None:
+        with contextlib.suppress(RlalignError, TimeoutError):  # the engine's; others see it too
+            await self._end(job)
+
+
+async def _scores(sequences: list[Sequence]) -> list[list[float]]:
+    return [(await sequence.result)["logp"] for sequence in sequences]
+
+
+def _limits(host: EngineHost) -> dict[str, int]:
+    return {name: host.limits[name] for name in ("vocab", "max_len")}
 
 
 def _refusal(path: str) -> Callable[[int, str], dict[str, Any]]:

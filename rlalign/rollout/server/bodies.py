@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_SEQUENCES = 65_536  # of one call
+Wrong = Field(fail_fast=True)  # one reason is enough: a list of millions would have as many
+TokenIds = Annotated[list[TokenId], Wrong]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Body(BaseModel):
@@ -32,23 +35,28 @@ class Params(Body):
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=1000)] = []
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1000)] = []
     ignore_eos: bool = False
 
 
 class Prompt(Body):
-    ids: Annotated[list[TokenId], Field(min_length=1)]
-    seeds: Annotated[
-        list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1, max_length=MAX_SEQUENCES)
-    ]
+    ids: Annotated[TokenIds, Field(min_length=1)]
+    seeds: Annotated[list[Seed], Wrong, Field(min_length=1, max_length=MAX_SEQUENCES)]
 
 
 class DrawBody(Body):
-    requests: Annotated[list[Prompt], Field(min_length=1, max_length=MAX_SEQUENCES)]
+    requests: Annotated[list[Prompt], Wrong, Field(min_length=1, max_length=MAX_SEQUENCES)]
     params: Params
+
+    @model_validator(mode="after")
+    def _few_enough(self) -> DrawBody:
+        count = sum(len(request.seeds) for request in self.requests)
+        if count > MAX_SEQUENCES:
+            raise ValueError(f"{count} sequences in one call; at most {MAX_SEQUENCES} may be")
+        return self
 
 
 class ScoreBody(Body):
     sequences: Annotated[
-        list[Annotated[list[TokenId], Field(min_length=1)]], Field(max_length=MAX_SEQUENCES)
+        list[Annotated[TokenIds, Field(min_length=1)]], Wrong, Field(max_length=MAX_SEQUENCES)
     ]

@@ -7,6 +7,7 @@ scopes is closed to everybody, so a new route cannot be left open by mistake.
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import json
 import secrets
@@ -17,6 +18,7 @@ from rlalign.errors import RlalignError
 
 SCOPES = ("generate", "job", "admin")  # each opens the doors of those before it
 TOKEN_BYTES = 32
+BODY_S = 60.0  # for a whole body to arrive
 
 Receive = Callable[[], Awaitable[dict[str, Any]]]
 Send = Callable[[dict[str, Any]], Awaitable[None]]
@@ -29,6 +31,10 @@ def make_tokens() -> dict[str, str]:
 
 class TooLarge(RlalignError):
     """A body without a length that went on for too long; raised where the route reads it."""
+
+
+class TooSlow(RlalignError):
+    """A body that did not arrive in time; raised where the route reads it."""
 
 
 class Doors:
@@ -62,6 +68,10 @@ class Doors:
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and reason, or None where the request may pass."""
         headers = {name.lower(): value for name, value in scope["headers"]}
+        if scope.get("http_version", "1.1") not in ("1.0", "1.1"):
+            return 400, f"HTTP {scope['http_version']} is not spoken here; use HTTP/1.1"
+        if b"content-length" in headers and b"transfer-encoding" in headers:
+            return 400, "a body has Content-Length or Transfer-Encoding: where would it end?"
         method, path = scope["method"], self._match(scope["method"], scope["path"])
         if path is not None and self._scopes.get((method, path), "") is None:
             return None
@@ -91,13 +101,18 @@ class Doors:
         return found
 
     def _limited(self, receive: Receive) -> Receive:
-        """Bodies without a length are counted as they come."""
-        size = 0
+        """Bodies without a length are counted as they come, and none may take for ever."""
+        size, more, deadline = 0, True, asyncio.get_running_loop().time() + BODY_S
 
         async def counting() -> dict[str, Any]:
-            nonlocal size
-            message = await receive()
-            size += len(message.get("body", b""))
+            nonlocal size, more
+            try:
+                # What comes after the body is the client's leaving: any time.
+                async with asyncio.timeout_at(deadline if more else None):
+                    message = await receive()
+            except TimeoutError:
+                raise TooSlow(f"the body did not arrive within {BODY_S:g} s") from None
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
             if size > self._max_body_bytes:
                 raise TooLarge(self._too_large())
             return message
@@ -111,6 +126,8 @@ class Doors:
 async def _answer(send: Send, status: int, reason: str) -> None:
     body = json.dumps({"error": reason}).encode()
     headers = [(b"content-type", b"application/json")]
+    if status == 400:  # nobody knows where the next request begins
+        headers.append((b"connection", b"close"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

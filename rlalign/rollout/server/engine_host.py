@@ -2,75 +2,32 @@
 new process when the old one dies.
 
 A sequence that was in flight when the engine died was never answered, so it runs again, from its
-own seed and under the weights it began with: the last update is replayed, and its digest must come
-out the same. A sequence that takes the engine down twice is given up.
+own seed: the last update is replayed, and its digest must come out the same. If another update was
+waiting for it, it runs under that one, and its version says so. A sequence that was there each time
+the engine died is given up in the end, and so is an engine that dies without finishing anything.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
+import math
 import time
-from collections import deque
-from dataclasses import dataclass, field
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rlalign.errors import RlalignError
 from rlalign.rollout.server.engine_process import EngineLost, EngineProcess
 from rlalign.rollout.server.fair import FairQueue
+from rlalign.rollout.server.sequences import Counters, Refused, Sequence, Tally, Update
 
 log = logging.getLogger(__name__)
 
-MAX_ATTEMPTS = 2  # of one sequence that was in flight when the engine died
-MAX_RESTARTS = 3  # within RESTART_WINDOW_S: then the engine is given up
-RESTART_WINDOW_S = 300.0
+MAX_RESTARTS = 3  # in a row, with nothing finished in between: then the engine is given up
+MAX_ATTEMPTS = MAX_RESTARTS  # of one sequence: one that kills goes before the engine does
+STEADY_S = 300.0  # an engine that lived for so long did not die of how it was started
 UPDATE_TIMEOUT_S = 300.0
-
-
-class Refused(RlalignError):
-    """The engine refused a sequence or an update; nothing else is affected."""
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One sequence to draw or score, and where its result goes."""
-
-    job: str
-    message: dict[str, Any]  # for the engine, without its number
-    tokens: int  # what it may cost
-    result: asyncio.Future[dict[str, Any]]
-    attempts: int = 0
-    number: int = -1
-
-
-@dataclass(frozen=True)
-class Update:
-    """Weights in use: replayed when the engine is started again."""
-
-    path: Path
-    version: int
-    digest: str
-
-
-@dataclass
-class Tally:
-    """What a job was given."""
-
-    generated_tokens: int = 0
-    sequences: int = 0  # drawn and scored
-
-
-@dataclass
-class Counters:
-    """Since the server started; of the engine, whichever process it is."""
-
-    total: Tally = field(default_factory=Tally)
-    by_job: dict[str, Tally] = field(default_factory=dict)
-    restarts: int = 0
-    updates: int = 0
 
 
 class EngineHost:
@@ -86,19 +43,20 @@ class EngineHost:
         self.counters = Counters()
         self.update: Update | None = None  # None: the model folder's own weights
         self.adapters: dict[str, Update] = {}  # by job
-        self.limits: dict[str, Any] = {}  # what the engine said of itself: vocab and max_len
         self.failure = ""  # why there is no engine, for good
         self._in_flight: dict[int, Sequence] = {}
-        self._numbers = itertools.count()
+        self.next_number = 0  # of a sequence that goes to the engine
         self._holds = 0  # above 0: nothing new goes to the engine
         self._up = asyncio.Event()  # there is an engine with the weights in use, or never again
         self._drained = asyncio.Event()
         self._answer: asyncio.Future[dict[str, Any]] | None = None  # of an update
         self._updating = asyncio.Lock()
-        self._deaths: deque[float] = deque()
+        self._deaths = 0  # in a row
+        self._up_since = math.inf
         self._process: EngineProcess | None = None
-        self._reading: asyncio.Task[None] | None = None
-        self._reviving: asyncio.Task[None] | None = None
+        self._reading: asyncio.Task[str] | None = None  # its result: why the process ended
+        self._keeping: asyncio.Task[None] | None = None
+        self.limits: dict[str, Any] = {}  # what the engine said of itself: vocab and max_len
 
     # --- sequences -------------------------------------------------------------------------------
 
@@ -120,30 +78,44 @@ class EngineHost:
         self._pump()
         return sequence
 
-    def cancel(self, sequences: list[Sequence]) -> None:
-        """Forget sequences nobody waits for any more. What is queued is passed over in its turn."""
-        running = []
+    def oldest(self, job: str) -> int:
+        """The number of the job's oldest sequence in the engine, or of the next one."""
+        mine = (number for number, s in self._in_flight.items() if s.job == job)
+        return min(mine, default=self.next_number)
+
+    def cancel(self, sequences: Iterable[Sequence]) -> None:
+        """Forget sequences nobody waits for any more."""
+        running, queued = [], set()
         for sequence in sequences:
-            if not sequence.result.cancel() and not sequence.result.cancelled():
+            if sequence.result.done() and not sequence.result.cancelled():
                 sequence.result.exception()  # seen: nobody else will ask
-            elif self._in_flight.pop(sequence.number, None):
+                continue
+            sequence.result.cancel()
+            if self._in_flight.pop(sequence.number, None):
                 running.append(sequence.number)
+            else:
+                queued.add(sequence)
+        self.queue.discard(queued)
         if running:
             self._send({"kind": "abort", "seqs": running})
         self._pump()
 
-    def drop_job(self, job: str) -> None:
-        """Forget everything a job waits for."""
+    def drop_job(self, job: str, why: Exception) -> None:
+        """Forget everything a job waits for; those who wait get `why`."""
         mine = [s for s in self._in_flight.values() if s.job == job]
-        self.cancel([*self.queue.drop(job), *mine])
+        for sequence in (*self.queue.drop(job), *mine):
+            if not sequence.result.done():
+                sequence.result.set_exception(why)
+            self._in_flight.pop(sequence.number, None)
+        if mine:
+            self._send({"kind": "abort", "seqs": [s.number for s in mine]})
+        self._pump()
 
     def _pump(self) -> None:
         open_ = self._up.is_set() and not self._holds
         while open_ and len(self.queue) and len(self._in_flight) < self._slots:
             sequence = self.queue.pop()
-            if sequence.result.done():
-                continue
-            sequence.number = next(self._numbers)
+            sequence.number, self.next_number = self.next_number, self.next_number + 1
             sequence.attempts += 1
             self._in_flight[sequence.number] = sequence
             self._send({**sequence.message, "job": sequence.job, "seq": sequence.number})
@@ -160,17 +132,23 @@ class EngineHost:
         The folder must stay until the next update: an engine that is started again reads it.
         Raises Refused, with the old weights in use, EngineLost, and TimeoutError by name.
         """
-        async with self._quiet("the weight update"):
+        async with self._updating, self._quiet(f"the update to version {version}"):
             self.update = await self._load(path, version)
             self.counters.updates += 1
             return self.update.digest
 
     async def reset_weights(self) -> None:
         """Back to the model folder's own weights. Raises EngineLost and TimeoutError by name."""
-        async with self._quiet("going back to the base weights"):
-            if self.update is not None:
-                self.update = None  # whatever happens: no engine is given these weights again
-                await self._ask({"kind": "update", "path": None, "version": 0})
+        async with self._updating:
+            if self.update is None:
+                return
+            self.update = None  # whatever happens: no engine is given these weights again
+            try:
+                async with self._quiet("going back to the base weights"):
+                    await self._ask({"kind": "update", "path": None, "version": 0})
+            except TimeoutError:
+                self._kill()  # it may have them still; the next one has not
+                raise
 
     async def update_adapter(self, job: str, path: Path, version: int) -> str:
         """Give the sequences of `job` from now on the LoRA adapter in `path`; the others, and those
@@ -182,35 +160,34 @@ class EngineHost:
             return self.adapters[job].digest
 
     async def forget_adapter(self, job: str) -> None:
+        """Raises EngineLost and TimeoutError by name."""
         async with self._updating:
-            await self._living()
             if self.adapters.pop(job, None) is not None:
+                await self._living()
                 await self._ask({"kind": "adapt", "job": job, "path": None, "version": 0})
 
     async def _living(self) -> None:
         """Wait for an engine that is being started again."""
-        async with asyncio.timeout(UPDATE_TIMEOUT_S):
-            await self._up.wait()
+        with _deadline("waiting for an engine"):
+            async with asyncio.timeout(UPDATE_TIMEOUT_S):
+                while not self._up.is_set():  # it may be down again before we are told
+                    await self._up.wait()
         if self.failure:
             raise EngineLost(self.failure)
 
     @contextlib.asynccontextmanager
     async def _quiet(self, what: str):
-        """One at a time, with a living engine and nothing in it."""
-        async with self._updating:
-            self._holds += 1
-            try:
+        """With a living engine and nothing in it."""
+        self._holds += 1
+        try:
+            with _deadline(f"{what}: waiting for {self.in_flight} sequences in flight"):
                 async with asyncio.timeout(UPDATE_TIMEOUT_S):
                     await self._drained.wait()
-                await self._living()
-                yield
-            except TimeoutError:
-                raise TimeoutError(
-                    f"{what} waited {UPDATE_TIMEOUT_S:g} s for {self.in_flight} sequences in flight"
-                ) from None
-            finally:
-                self._holds -= 1
-                self._pump()
+            await self._living()
+            yield
+        finally:
+            self._holds -= 1
+            self._pump()
 
     async def _load(self, path: Path, version: int, job: str | None = None) -> Update:
         """Weights for everybody, or an adapter for one job."""
@@ -220,15 +197,17 @@ class EngineHost:
 
     async def _ask(self, message: dict[str, Any]) -> str:
         """Have the engine load something; the digest of what it read."""
+        if self._reading is None or self._reading.done():
+            raise EngineLost("the engine died before a weight update")
         self._answer = asyncio.get_running_loop().create_future()
         self._send(message)
         try:
-            async with asyncio.timeout(UPDATE_TIMEOUT_S):
-                answer = await self._answer
+            with _deadline(f"loading version {message['version']}"):
+                async with asyncio.timeout(UPDATE_TIMEOUT_S):
+                    answer = await self._answer
         except TimeoutError:
-            raise TimeoutError(
-                f"loading version {message['version']} took {UPDATE_TIMEOUT_S:g} s"
-            ) from None
+            self._kill()  # nobody knows its weights, and its answer would be taken for another's
+            raise
         finally:
             self._answer = None
         if answer["kind"] == "refused":
@@ -239,24 +218,29 @@ class EngineHost:
 
     async def start(self) -> None:
         """Raises EngineLost with the engine's own words where it cannot start."""
-        await self._start()
-        self._up.set()
-        self._pump()
+        self._reading = await self._start()
+        self._is_up()
+        self._keeping = asyncio.create_task(self._keep(self._reading))
 
     async def close(self) -> None:
-        for task in (self._reading, self._reviving):
+        self._give_up("the server is shutting down")
+        for task in (self._reading, self._keeping):
             if task is not None:
                 task.cancel()
-        self._give_up("the server is shutting down")
 
-    async def _start(self) -> None:
+    async def _start(self) -> asyncio.Task[str]:
         self._process = process = EngineProcess()
         await process.start(self._setup, self._start_timeout_s)
         self.limits = process.ready
-        self._reading = asyncio.create_task(self._read(process))
+        return asyncio.create_task(self._read(process))
 
-    async def _read(self, process: EngineProcess) -> None:
-        """Take results until the process ends, then bring it back."""
+    def _is_up(self) -> None:
+        self._up_since = time.monotonic()
+        self._up.set()
+        self._pump()
+
+    async def _read(self, process: EngineProcess) -> str:
+        """Take results until the process ends; why it did."""
         why = ""
         with contextlib.suppress(EOFError, ConnectionError):
             while not why:
@@ -264,13 +248,15 @@ class EngineHost:
                 why = message["error"] if message["kind"] == "broken" else ""
                 if not why:
                     self._take(message)
-        if self._reviving is None or self._reviving.done():
-            why = why or f"the engine {process.post_mortem()}"
-            self._reviving = asyncio.create_task(self._died(why))
-        else:  # it died again before it had its weights
-            self._fail_answer(EngineLost(why or f"the engine {process.post_mortem()}"))
+        if not self.failure:
+            self._up.clear()
+        why = why or f"the engine {await process.post_mortem()}"
+        self._fail_answer(EngineLost(f"{why}, during a weight update"))
+        return why
 
     def _take(self, message: dict[str, Any]) -> None:
+        if self._up.is_set():
+            self._deaths = 0  # it does what it is asked for; a replay proves nothing yet
         if message["kind"] in ("updated", "refused"):
             if self._answer is not None and not self._answer.done():
                 self._answer.set_result(message)
@@ -289,38 +275,46 @@ class EngineHost:
             tally.sequences += 1
             tally.generated_tokens += tokens
 
-    async def _died(self, why: str) -> None:
+    async def _keep(self, reading: asyncio.Task[str]) -> None:
+        """Bring the engine back whenever it ends, until that is of no use."""
+        try:
+            while not self.failure:
+                reading = await self._bring_back(await reading)
+        except (EngineLost, Refused, TimeoutError) as error:
+            self._give_up(str(error))
+        except Exception as error:  # nobody would bring the engine back any more: they must know
+            self._give_up(f"the server's own fault: {type(error).__name__}: {error}")
+            raise
+
+    async def _bring_back(self, why: str) -> asyncio.Task[str]:
         while True:
-            now = time.monotonic()
-            self._deaths.append(now)
-            while now - self._deaths[0] > RESTART_WINDOW_S:
-                self._deaths.popleft()
-            if len(self._deaths) > MAX_RESTARTS:
-                return self._give_up(f"{why}; it was the {len(self._deaths)}th time in a row")
+            if time.monotonic() - self._up_since > STEADY_S:
+                self._deaths = 0
+            self._deaths += 1
+            if self._deaths > MAX_RESTARTS:
+                raise EngineLost(f"{why}; it was the {self._deaths}th time in a row")
             try:
                 return await self._revive(why)
             except EngineLost as error:
                 why = str(error)
-            except (Refused, TimeoutError) as error:
-                return self._give_up(f"{why}; and then: {error}")
 
-    async def _revive(self, why: str) -> None:
+    async def _revive(self, why: str) -> asyncio.Task[str]:
         """A new process with the weights in use."""
         log.warning("engine: %s; starting another", why)
         self._up.clear()
+        self._up_since = math.inf
         self.counters.restarts += 1
-        if self._reading is not None:
-            self._reading.cancel()
         self._stop()
         self._requeue()
-        self._fail_answer(EngineLost(f"{why}, during a weight update"))
-        await self._start()
+        self._reading = reading = await self._start()
         if self.update is not None:
             await self._replay(self.update)
-        for job, update in self.adapters.items():
+        for job, update in list(self.adapters.items()):
             await self._replay(update, job)
-        self._up.set()
-        self._pump()
+        if reading.done():
+            raise EngineLost(reading.result())
+        self._is_up()
+        return reading
 
     async def _replay(self, update: Update, job: str | None = None) -> None:
         again = await self._load(update.path, update.version, job)
@@ -369,6 +363,20 @@ class EngineHost:
         if self._process is not None:
             self._process.send(message)
 
+    def _kill(self) -> None:
+        """End the process as if it had died by itself: another one takes over."""
+        if self._process is not None and not self.failure:
+            self._up.clear()
+            self._process.kill()
+
     def _stop(self) -> None:
         if self._process is not None:
             self._process.stop()
+
+
+@contextlib.contextmanager
+def _deadline(what: str):
+    try:
+        yield
+    except TimeoutError:
+        raise TimeoutError(f"{what} took more than {UPDATE_TIMEOUT_S:g} s") from None

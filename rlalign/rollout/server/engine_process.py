@@ -38,7 +38,7 @@ class EngineProcess:
             self.stop()
             raise EngineLost(f"the engine was not ready within {timeout_s:g} s") from None
         except (EOFError, ConnectionError):
-            raise EngineLost(f"the engine {self.post_mortem()}") from None
+            raise EngineLost(f"the engine {await self.post_mortem()}") from None
         if answer["kind"] == "broken":
             self.stop()
             raise EngineLost(answer["error"])
@@ -57,13 +57,20 @@ class EngineProcess:
             raise EOFError(f"a message of {size} bytes was announced: not our protocol")
         return json.loads(await self._reader.readexactly(size))
 
-    def post_mortem(self) -> str:
+    async def post_mortem(self) -> str:
         """How it ended, with the end of its output; it is gone then."""
-        if self._child is None:
+        child = self._child
+        if child is not None:
+            await asyncio.to_thread(child.wait)  # the memory of a large engine takes its time
+        if child is None or child is not self._child:
             return "is not running"
-        self._child.wait()
-        tail = self._child.log_tail()
+        tail = child.log_tail()
         return f"{how_it_ended(self.stop())}\n{tail}".strip()
+
+    def kill(self) -> None:
+        """End it; whoever receives is told."""
+        if self._child is not None:
+            self._child.kill()
 
     def stop(self) -> int | None:
         """Kill it; the code it had ended with, None if it had not."""

@@ -61,6 +61,12 @@ class FairQueue(Generic[T]):
         self._time[job] += tokens / self._weight.get(job, 1.0)
         return item
 
+    def discard(self, gone: set[T]) -> None:
+        """Forget items, as if they had never been pushed: nobody pays for them."""
+        if gone:
+            for job, items in self._waiting.items():
+                self._waiting[job] = deque(pair for pair in items if pair[0] not in gone)
+
     def drop(self, job: str) -> list[T]:
         """Forget a job; what of it was waiting."""
         items = self._waiting.pop(job, ())

@@ -11,6 +11,7 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from rlalign.errors import RlalignError
 from rlalign.types import PolicyVersion
@@ -39,6 +40,8 @@ class Job:
     ttl_s: float
     expires: float  # of the table's clock
     version: PolicyVersion = field(default_factory=lambda: PolicyVersion(0, ""))
+    folder: Path | None = None  # of that version
+    replaced: list[tuple[Path, int]] = field(default_factory=list)  # and before which sequence
 
 
 class JobTable:
@@ -49,6 +52,7 @@ class JobTable:
         self._max_loras, self._clock = max_loras, clock
         self._jobs: dict[str, Job] = {}
         self.names: dict[str, str] = {}  # of every job there ever was, by id: counts outlive jobs
+        self._ending: dict[str, Job] = {}  # over, but what they had is not free yet
 
     def __iter__(self):
         return iter(list(self._jobs.values()))
@@ -76,9 +80,10 @@ class JobTable:
         return job
 
     def _refuse_if_busy(self, kind: str) -> None:
-        others = [job for job in self if "full" in (kind, job.kind)]
-        if not others and len(self._jobs) >= self._max_loras and kind == "lora":
-            others = list(self)
+        holders = [*self, *self._ending.values()]
+        others = [job for job in holders if "full" in (kind, job.kind)]
+        if not others and len(holders) >= self._max_loras and kind == "lora":
+            others = holders
         if others:
             job = min(others, key=lambda job: job.expires)
             what = "an adapter's place" if kind == job.kind == "lora" else "the server's weights"
@@ -104,17 +109,26 @@ class JobTable:
         return job
 
     def release(self, job_id: str) -> Job:
-        job = self.get(job_id)
-        del self._jobs[job_id]
-        return job
+        """The job is over. What it had is another's after `free`."""
+        return self._ended(self.get(job_id))
 
     def left_s(self, job: Job) -> float:
         """How long the lease lasts unless it is renewed, seconds."""
         return max(0.0, job.expires - self._clock())
 
     def expired(self) -> list[Job]:
-        """Leases that are past their time, and now gone."""
-        late = [job for job in self if job.expires <= self._clock()]
-        for job in late:
-            del self._jobs[job.id]
-        return late
+        """Leases that are past their time, and now over, as after `release`."""
+        return [self._ended(job) for job in self if job.expires <= self._clock()]
+
+    def free(self, job: Job) -> None:
+        """Nothing of a job that is over is left in the engine."""
+        self._ending.pop(job.id, None)
+
+    def extend(self, seconds: float) -> None:
+        """For a time in which no heartbeat could be heard."""
+        for job in self:
+            job.expires += seconds
+
+    def _ended(self, job: Job) -> Job:
+        self._ending[job.id] = self._jobs.pop(job.id)
+        return job

@@ -15,8 +15,9 @@ from prometheus_client.registry import Collector
 from starlette.requests import Request
 from starlette.responses import Response
 
-from rlalign.rollout.server.engine_host import EngineHost, Tally
+from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.jobs import KINDS, JobTable
+from rlalign.rollout.server.sequences import Tally
 
 PREFIX = "rlalign_server_"
 

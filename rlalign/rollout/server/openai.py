@@ -24,10 +24,11 @@ from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.seeds import sample_seed
 from rlalign.rollout.server.answers import UnknownModel, status_of
-from rlalign.rollout.server.engine_host import EngineHost, Sequence
+from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.jobs import JobTable
 from rlalign.rollout.server.openai_bodies import ChatBody, CompletionBody
 from rlalign.rollout.server.openai_format import ChatFormat, CompletionFormat, Format, refusal
+from rlalign.rollout.server.sequences import Sequence
 from rlalign.rollout.server.streams import as_they_end, outcome
 from rlalign.rollout.server.texts import Texts
 

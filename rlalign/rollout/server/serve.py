@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from getpass import getuser
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -31,10 +32,12 @@ from rlalign.rollout.server.connection import (
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.texts import Texts
+from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
 BACKLOG = 2048
-DRAIN_S = 5  # what requests in flight have left when the server is told to stop
+DRAIN_S = 4  # what requests in flight have left when the server is told to stop
+LAST_WORDS_S = 2  # and to be told so
 
 
 def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = None) -> None:
@@ -74,11 +77,19 @@ async def _run(
     slots = 2 * config.vllm.max_num_seqs
     host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s)
     texts = Texts(folder)
+    told, loop = asyncio.Event(), asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, told.set)
+    stopped, started = loop.create_task(told.wait()), loop.create_task(host.start())
     try:
-        await host.start()
-        await _listen_until_stopped(config, host, texts, listener, spool, on_ready)
+        await asyncio.wait((stopped, started), return_when=asyncio.FIRST_COMPLETED)
+        if started.done():
+            started.result()
+            await _listen_until_stopped(config, host, texts, listener, spool, stopped, on_ready)
     finally:
         texts.close()
+        started.cancel()
+        stopped.cancel()
         await host.close()
 
 
@@ -88,6 +99,7 @@ async def _listen_until_stopped(
     texts: Texts,
     listener: socket.socket,
     spool: Path,
+    stopped: asyncio.Task[Any],
     on_ready: Callable[[str, Path], None] | None,
 ) -> None:
     tokens, path = make_tokens(), connection_path(config.name)
@@ -95,14 +107,19 @@ async def _listen_until_stopped(
         "model": config.model, "dtype": config.dtype, "name": config.name,
         "max_loras": config.vllm.max_loras, "max_lora_rank": config.vllm.max_lora_rank,
     }  # fmt: skip
-    app = RolloutServer(host, spool, texts, described).asgi(tokens, config.max_body_mib * 2**20)
+    rollouts = RolloutServer(host, spool, texts, described)
     server = _Server(
         uvicorn.Config(
-            app, log_level="warning", access_log=False, timeout_graceful_shutdown=DRAIN_S
+            rollouts.asgi(tokens, config.max_body_mib * 2**20),
+            http=HttpProtocol,
+            ws="none",
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=DRAIN_S + LAST_WORDS_S,
         )
     )
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, server.stop)
+    stopped.add_done_callback(server.stop)
+    closing = asyncio.create_task(_close_after(stopped, rollouts))
     address, port = listener.getsockname()[:2]
     url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
     listener.listen(BACKLOG)  # before anybody can read where
@@ -112,14 +129,21 @@ async def _listen_until_stopped(
             on_ready(url, path)
         await server.serve(sockets=[listener])
     finally:
+        closing.cancel()
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
+
+
+async def _close_after(stopped: asyncio.Task[Any], rollouts: RolloutServer) -> None:
+    await stopped
+    await asyncio.sleep(DRAIN_S)
+    await rollouts.close()
 
 
 class _Server(uvicorn.Server):
     """uvicorn that leaves signals to us: it would raise them again before we have cleaned up."""
 
-    def stop(self) -> None:
+    def stop(self, _: object = None) -> None:
         self.should_exit = True
 
     @contextlib.contextmanager

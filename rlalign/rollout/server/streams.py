@@ -7,8 +7,9 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
-from rlalign.rollout.server.engine_host import EngineHost, Sequence
+from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.jobs import JobError
+from rlalign.rollout.server.sequences import Sequence
 
 ALIVE_S = 2.0  # between two lines of a stream on which nothing happens
 
