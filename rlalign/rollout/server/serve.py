@@ -36,6 +36,9 @@ from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
 BACKLOG = 2048
+# An idle connection is the client's to close: closed by us as it sends, its request is lost. httpx
+# keeps one for 5 s, which is uvicorn's patience too.
+KEEP_ALIVE_S = 60
 DRAIN_S = 4  # what requests in flight have left when the server is told to stop
 LAST_WORDS_S = 2  # and to be told so
 
@@ -115,6 +118,7 @@ async def _listen_until_stopped(
             ws="none",
             log_level="warning",
             access_log=False,
+            timeout_keep_alive=KEEP_ALIVE_S,
             timeout_graceful_shutdown=DRAIN_S + LAST_WORDS_S,
         )
     )
