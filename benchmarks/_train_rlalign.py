@@ -52,9 +52,9 @@ def _count_cpu_seconds() -> list[float]:
     seconds: list[float] = []
     train_step = loop.train_step
 
-    def timed(job: Any) -> Any:
+    def timed(*args: Any) -> Any:
         start = time.process_time()
-        result = train_step(job)
+        result = train_step(*args)
         seconds.append(time.process_time() - start)
         return result
 
