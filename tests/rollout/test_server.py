@@ -16,9 +16,8 @@ import httpx
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from rlalign.models.random import write_random_model
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
 from rlalign.trainer.publish import check_engine, publish
 from rlalign.types import PolicyVersion
@@ -33,17 +32,6 @@ PARAMS = SamplingParams(16)
 REQUEST = GenerateRequest("p", tuple(range(10, 50)), seeds=(1, 2, 3))
 LONG = [GenerateRequest(f"p{i}", (5, 6, 7 + i), seeds=tuple(range(8))) for i in range(8)]
 LONG_PARAMS = SamplingParams(100, ignore_eos=True)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return write_random_model(path, hidden=64, heads=2, kv_heads=1, max_positions=128)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

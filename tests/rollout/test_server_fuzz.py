@@ -22,9 +22,8 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import save
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from rlalign.models.random import write_random_model
 from rlalign.rollout.engine import GenerateRequest, SamplingParams
 from tests.rollout.live_server import LiveServer
 
@@ -110,17 +109,6 @@ class Raw:
                 return answer.status, answer.read()
             except (http.client.BadStatusLine, ConnectionResetError):
                 return 0, b""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return write_random_model(path, hidden=64, heads=2, kv_heads=1, max_positions=128)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from rlalign.config.schema import LoraConfig
 from rlalign.models.lora import adapter_config, adapter_weights, attach_lora
-from rlalign.models.random import write_random_model
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
 from rlalign.trainer.publish import WeightSyncError, check_engine, publish
 from tests.rollout.live_server import LiveServer
@@ -28,17 +27,6 @@ pytestmark = [
 IDS = list(range(10, 50))
 PARAMS = SamplingParams(24, ignore_eos=True)
 REQUESTS = [GenerateRequest(f"p{i}", (5, 6, 7 + i), seeds=tuple(range(4))) for i in range(4)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return write_random_model(path, hidden=64, heads=2, kv_heads=1, max_positions=128)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

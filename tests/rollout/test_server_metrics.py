@@ -15,10 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from transformers import AutoTokenizer
 
 from rlalign.models.lora import adapter_config, adapter_weights
-from rlalign.models.random import write_random_model
 from rlalign.rollout.engine import GenerateRequest, SamplingParams
 from rlalign.rollout.server.page import PAGE
 from rlalign.trainer.publish import publish
@@ -35,17 +33,6 @@ REQUEST = GenerateRequest("p", (5, 6, 7), seeds=(1, 2, 3))
 PARAMS = SamplingParams(20, ignore_eos=True)
 POLICY = "content-security-policy"
 HOSTILE = 'a "job"\\with\n<b>everything</b>'
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return write_random_model(path, hidden=64, heads=2, kv_heads=1, max_positions=128)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from rlalign.models.lora import adapter_config, adapter_weights
 from rlalign.models.random import write_random_model
@@ -29,17 +29,6 @@ pytestmark = [
 ]
 
 IDS = list(range(10, 50))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return write_random_model(path, hidden=64, heads=2, kv_heads=1, max_positions=128)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")

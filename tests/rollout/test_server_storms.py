@@ -21,11 +21,10 @@ import httpx
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from rlalign.config.schema import LoraConfig
 from rlalign.models.lora import adapter_config, adapter_weights, attach_lora
-from rlalign.models.random import write_random_model
 from rlalign.rollout import client
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
 from rlalign.trainer.publish import publish
@@ -43,17 +42,6 @@ LONG = SamplingParams(120, ignore_eos=True)
 def requests(seed: int) -> list[GenerateRequest]:
     ids = (5 + seed, 6, 7)
     return [GenerateRequest(f"p{i}", (*ids, 8 + i), seeds=(seed, seed + 1)) for i in range(2)]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    return write_random_model(path, hidden=64, heads=2, kv_heads=1, max_positions=128)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(folder: Path):
-    return AutoTokenizer.from_pretrained(folder)
 
 
 @pytest.fixture(scope="module")
