@@ -49,6 +49,12 @@ class ServerConfig:
         0.0, "How long to wait for another job's lease to end, seconds.", ge=0, le=86400
     )
     timeout_s: float = option(3600.0, "Deadline of one batch of rollouts, seconds.", gt=0)
+    in_flight: str = option(
+        "wait",
+        "Sequences that run when new weights come: they end under the old ones (wait), or go on "
+        "under the new ones (keep: no waiting, but a run no longer repeats itself).",
+        choices=("wait", "keep"),
+    )
 
 
 @dataclass

@@ -139,11 +139,17 @@ class RolloutClient:
         return [torch.tensor(logp, dtype=torch.float32) for logp in answer["logp"]]
 
     def update_weights(
-        self, parameters: Iterable[tuple[str, torch.Tensor]], version: int
+        self,
+        parameters: Iterable[tuple[str, torch.Tensor]],
+        version: int,
+        in_flight: str | None = None,
     ) -> PolicyVersion:
         """Hand new weights (or those of the adapter) over and return the server's receipt:
         `version` with the digest that its engine computed of what it read.
 
+        `in_flight` says what becomes of the job's sequences on the server: they end under the old
+        weights ("wait"), end now with the tokens that they have and finish reason "abort"
+        ("abort"), or go on under the new ones ("keep"); None: as `rollout.server.in_flight` says.
         Raises EngineError, with the old weights in use, for weights that the engine refuses.
         """
         self._check_usable()
@@ -158,9 +164,8 @@ class RolloutClient:
                 (folder / "adapter_config.json").write_text(json.dumps(self._adapter))
                 tensors = {ADAPTER_PREFIX + name: tensor for name, tensor in parameters}
                 _write(folder / ADAPTER_FILE, tensors)
-            answer = self._call(
-                "POST", f"{self._job}/weights", {"version": version}, timeout_s=self._cfg.timeout_s
-            )
+            body = {"version": version, "in_flight": in_flight or self._cfg.in_flight}
+            answer = self._call("POST", f"{self._job}/weights", body, timeout_s=self._cfg.timeout_s)
         except BaseException:  # what the server has taken is out of our reach
             shutil.rmtree(folder, ignore_errors=True)
             raise
@@ -278,7 +283,7 @@ class RolloutClient:
                     token_ids=tuple(line["ids"]),
                     logp=tuple(line["logp"]),
                     finish_reason=FINISH_REASONS.get(line["finish"], FINISH_ABORT),
-                    spans=(VersionSpan(len(line["ids"]), line["version"]),),
+                    spans=tuple(VersionSpan(*span) for span in line["spans"]),
                     text=text,
                 )
             )

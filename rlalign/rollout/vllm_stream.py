@@ -140,6 +140,20 @@ class VllmStream:
         if names and self._broken is None and self._engine is not None:
             self._engine.abort_request(list(names))
 
+    def interrupt(self, names: Sequence[str]) -> list[Any]:
+        """Take sequences out; for each one vLLM's output with the tokens that it has so far."""
+        from vllm.v1.engine import FinishReason
+
+        self.check_usable()
+        processor = self._engine.output_processor
+        outputs = []
+        for name in names:
+            [internal] = processor.external_req_ids[name]
+            state = processor.request_states[internal]
+            outputs.append(state.make_request_output([], None, FinishReason.ABORT, None))
+        self.abort(names)
+        return outputs
+
     # --- weights ---------------------------------------------------------------------------------
 
     def update_weights(

@@ -72,7 +72,7 @@ class FakeProcess:
         if not loads:
             logp = [0.0] * (len(message["ids"]) - 1)
             done = {"kind": "done", "seq": message["seq"], "ids": [1], "logp": logp}
-            return self.give({**done, "finish": "stop", "version": self.version})
+            return self.give({**done, "finish": "stop", "spans": [[1, self.version]]})
         content = b"" if message["path"] is None else read(Path(message["path"]))
         if content in (b"bad", None):
             return self.give({"kind": "refused", "error": f"these weights are {content}"})

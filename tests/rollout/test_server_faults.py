@@ -59,7 +59,7 @@ def test_a_lease_that_ends_during_an_update_leaves_no_weights_to_the_next_job(ru
         drawn = asyncio.create_task(inherit())
         await asyncio.sleep(0.1)
         w.plan.may_load.set()
-        assert lines(await drawn)[0]["version"] == 0
+        assert lines(await drawn)[0]["spans"] == [[1, 0]]
         assert (await release).status_code == 200
         assert (await update).status_code == 404
         assert {path.name for path in w.spool.iterdir()} == {"probe", await heir}
@@ -156,7 +156,7 @@ def test_a_lease_that_ends_as_the_engine_dies_is_free_again_and_its_folder_gone(
         heir = asyncio.create_task(w.job(name="heir", wait_s=10))
         await asyncio.sleep(0.05)
         assert (await w.http.delete(f"/v1/jobs/{job}")).status_code == 503
-        assert lines(await w.draw(await heir))[0]["version"] == 0
+        assert lines(await w.draw(await heir))[0]["spans"] == [[1, 0]]
         assert not (w.spool / job).exists()
 
     run(story)
@@ -220,7 +220,7 @@ def test_what_was_accepted_is_replayed_whatever_the_client_wrote_since(run):
         w.write(job, 6, b"half of")
         w.plan.engine.kill()
         await until(lambda: len(w.plan.processes) == 2 and w.host.alive)
-        assert lines(await w.draw(job))[0]["version"] == 5
+        assert lines(await w.draw(job))[0]["spans"] == [[1, 5]]
         assert (await w.http.get("/v1/server")).json()["jobs"][0]["digest"] == receipt["digest"]
 
     run(story)
@@ -255,7 +255,7 @@ def test_an_update_that_takes_too_long_cannot_answer_for_the_next(run, monkeypat
         await until(lambda: w.host.alive)
         second = (await w.update(job, 2, b"two")).json()
         assert second["digest"] == "3fc4ccfe745870e2"  # of sha256(b"two")
-        assert lines(await w.draw(job))[0]["version"] == 2
+        assert lines(await w.draw(job))[0]["spans"] == [[1, 2]]
         assert w.host.counters.restarts == 1
 
     run(story)
@@ -280,7 +280,7 @@ def test_an_engine_that_dies_as_its_weights_are_back_is_started_again(run):
         w.plan.on_message = die_once
         w.plan.engine.kill()
         await until(lambda: len(w.plan.processes) == 3 and w.host.alive)
-        assert lines(await w.draw(job))[0]["version"] == 1
+        assert lines(await w.draw(job))[0]["spans"] == [[1, 1]]
 
     run(story)
 

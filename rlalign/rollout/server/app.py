@@ -140,14 +140,14 @@ class RolloutServer:
         return {"released": job.id}
 
     async def weights(self, request: Request) -> Any:
-        version = WeightsBody.model_validate_json(await self._body(request)).version
+        body = WeightsBody.model_validate_json(await self._body(request))
+        version = body.version
         job = self._jobs.renew(request.path_params["job"])
         folder = self._take_in(job, version)
         try:
-            if job.kind == "lora":
-                digest = await self._host.update_adapter(job.id, folder, version)
-            else:
-                digest = await self._host.update_weights(folder, version)
+            host, lora = self._host, job.kind == "lora"
+            update = host.update_adapter if lora else host.update_weights
+            digest = await update(job.id, folder, version, body.in_flight)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

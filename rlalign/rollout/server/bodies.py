@@ -26,6 +26,7 @@ class AcquireBody(Body):
 
 class WeightsBody(Body):
     version: Annotated[int, Field(ge=0, lt=2**53)]
+    in_flight: Literal["wait", "abort", "keep"] = "wait"
 
 
 class Params(Body):

@@ -28,6 +28,7 @@ MAX_RESTARTS = 3  # in a row, with nothing finished in between: then the engine 
 MAX_ATTEMPTS = MAX_RESTARTS  # of one sequence: one that kills goes before the engine does
 STEADY_S = 300.0  # an engine that lived for so long did not die of how it was started
 UPDATE_TIMEOUT_S = 300.0
+NOT_BEGUN = {"ids": [], "logp": [], "spans": [], "finish": "abort"}  # of a draw, when it is aborted
 
 
 class EngineHost:
@@ -126,15 +127,21 @@ class EngineHost:
 
     # --- weights ---------------------------------------------------------------------------------
 
-    async def update_weights(self, path: Path, version: int) -> str:
-        """Let what is in flight finish, load the folder `path`, and return the engine's digest.
+    async def update_weights(
+        self, job: str, path: Path, version: int, in_flight: str = "wait"
+    ) -> str:
+        """Load the folder `path` and return the engine's digest. What is in flight finishes first
+        (`wait`), goes on under the new weights (`keep`), or, with `abort`, the job's own ends with
+        what it has, and so does what the job has waiting.
 
         The folder must stay until the next update: an engine that is started again reads it.
         Raises Refused, with the old weights in use, EngineLost, and TimeoutError by name.
         """
-        async with self._updating, self._quiet(f"the update to version {version}"):
-            self.update = await self._load(path, version)
-            self.counters.updates += 1
+        what = f"the update to version {version}" if in_flight == "wait" else ""
+        async with self._updating, self._held(what):
+            message = {"kind": "update", "job": job, "in_flight": in_flight}
+            self.update = await self._load(message, path, version)
+            self._updated(job, in_flight)
             return self.update.digest
 
     async def reset_weights(self) -> None:
@@ -144,19 +151,21 @@ class EngineHost:
                 return
             self.update = None  # whatever happens: no engine is given these weights again
             try:
-                async with self._quiet("going back to the base weights"):
-                    await self._ask({"kind": "update", "path": None, "version": 0})
+                async with self._held("going back to the base weights"):
+                    await self._ask(_nothing("update", ""))
             except TimeoutError:
                 self._kill()  # it may have them still; the next one has not
                 raise
 
-    async def update_adapter(self, job: str, path: Path, version: int) -> str:
-        """Give the sequences of `job` from now on the LoRA adapter in `path`; the others, and those
-        in flight, are not disturbed. Otherwise as `update_weights`."""
-        async with self._updating:
-            await self._living()
-            self.adapters[job] = await self._load(path, version, job)
-            self.counters.updates += 1
+    async def update_adapter(
+        self, job: str, path: Path, version: int, in_flight: str = "wait"
+    ) -> str:
+        """Give the sequences of `job` from now on the LoRA adapter in `path`. Nobody waits: with
+        `wait`, what is in flight ends under the adapter it has. Otherwise as `update_weights`."""
+        async with self._updating, self._held(""):
+            message = {"kind": "adapt", "job": job, "in_flight": in_flight}
+            self.adapters[job] = await self._load(message, path, version)
+            self._updated(job, in_flight)
             return self.adapters[job].digest
 
     async def forget_adapter(self, job: str) -> None:
@@ -164,7 +173,7 @@ class EngineHost:
         async with self._updating:
             if self.adapters.pop(job, None) is not None:
                 await self._living()
-                await self._ask({"kind": "adapt", "job": job, "path": None, "version": 0})
+                await self._ask(_nothing("adapt", job))
 
     async def _living(self) -> None:
         """Wait for an engine that is being started again."""
@@ -176,22 +185,31 @@ class EngineHost:
             raise EngineLost(self.failure)
 
     @contextlib.asynccontextmanager
-    async def _quiet(self, what: str):
-        """With a living engine and nothing in it."""
+    async def _held(self, drained_for: str):
+        """With a living engine that is given nothing new, and with nothing in it if that is named
+        for which it must be so."""
         self._holds += 1
         try:
-            with _deadline(f"{what}: waiting for {self.in_flight} sequences in flight"):
+            waits = f"{drained_for}: waiting for {self.in_flight} sequences in flight"
+            with _deadline(waits):
                 async with asyncio.timeout(UPDATE_TIMEOUT_S):
-                    await self._drained.wait()
+                    await (self._drained.wait() if drained_for else asyncio.sleep(0))
             await self._living()
             yield
         finally:
             self._holds -= 1
             self._pump()
 
-    async def _load(self, path: Path, version: int, job: str | None = None) -> Update:
-        """Weights for everybody, or an adapter for one job."""
-        message = {"kind": "update"} if job is None else {"kind": "adapt", "job": job}
+    def _updated(self, job: str, in_flight: str) -> None:
+        self.counters.updates += 1
+        if in_flight == "abort":
+            not_begun = {s for s in self.queue.of(job) if s.message["kind"] == "draw"}
+            self.queue.discard(not_begun)
+            for sequence in not_begun:
+                if not sequence.result.done():
+                    sequence.result.set_result(dict(NOT_BEGUN))
+
+    async def _load(self, message: dict[str, Any], path: Path, version: int) -> Update:
         digest = await self._ask({**message, "path": str(path), "version": version})
         return Update(path, version, digest)
 
@@ -308,16 +326,17 @@ class EngineHost:
         self._requeue()
         self._reading = reading = await self._start()
         if self.update is not None:
-            await self._replay(self.update)
+            await self._replay("update", "", self.update)
         for job, update in list(self.adapters.items()):
-            await self._replay(update, job)
+            await self._replay("adapt", job, update)
         if reading.done():
             raise EngineLost(reading.result())
         self._is_up()
         return reading
 
-    async def _replay(self, update: Update, job: str | None = None) -> None:
-        again = await self._load(update.path, update.version, job)
+    async def _replay(self, kind: str, job: str, update: Update) -> None:
+        message = {"kind": kind, "job": job, "in_flight": "wait"}
+        again = await self._load(message, update.path, update.version)
         if again != update:
             raise EngineLost(
                 f"the weights of version {update.version} came back with digest {again.digest}, "
@@ -372,6 +391,11 @@ class EngineHost:
     def _stop(self) -> None:
         if self._process is not None:
             self._process.stop()
+
+
+def _nothing(kind: str, job: str) -> dict[str, Any]:
+    """The message after which the model folder's own weights are in use, or no adapter."""
+    return {"kind": kind, "job": job, "path": None, "version": 0, "in_flight": "wait"}
 
 
 @contextlib.contextmanager

@@ -6,25 +6,29 @@ in whatever has arrived, so sequences of any job join the running batch at once.
     {"kind": "draw", "job": "a", "seq": 7, "ids": [..], "seed": 3, "params": {..}}    one sequence
     {"kind": "score", "job": "a", "seq": 8, "ids": [..]}
     {"kind": "abort", "seqs": [7]}
-    {"kind": "update", "path": "..", "version": 4}       a folder of safetensors; null: the model's
-    {"kind": "adapt", "job": "a", "path": "..", "version": 4}    a LoRA adapter; null: none any more
+    {"kind": "update", "job": "a", "path": "..", "version": 4, "in_flight": "wait"}
+                                                        a folder of safetensors; null: the model's
+    {"kind": "adapt", "job": "a", "path": "..", "version": 4, "in_flight": "wait"}
+                                                        a LoRA adapter; null: none any more
 
 and from it `ready`, `done` and `failed` (of a sequence), `updated` and `refused` (of the last two).
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import socket
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 IDLE_S = 1.0  # between two looks at the socket while nothing runs
+CONTINUED = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of continuations are far apart
 
 
 def main() -> None:
@@ -75,13 +79,31 @@ def start(setup: dict[str, Any]) -> Any:
     )
 
 
-@dataclass(frozen=True)
+@dataclass
 class Running:
-    """A sequence in vLLM: under which policy it began."""
+    """A sequence in vLLM, and what it had drawn when it was last interrupted."""
 
-    scored: bool
-    version: int
+    message: dict[str, Any]
     adapter: Any
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    spans: list[list[int]] = field(default_factory=list)  # [tokens, version that drew them]
+
+    @property
+    def scored(self) -> bool:
+        return self.message["kind"] == "score"
+
+    def take_in(self, completion: Any, version: int) -> None:
+        """What vLLM drew since, under `version`."""
+        drawn = len(completion.token_ids)
+        if not drawn:
+            return
+        self.ids += completion.token_ids
+        self.logp += completion.logprobs.logprobs
+        if self.spans and self.spans[-1][1] == version:
+            self.spans[-1][0] += drawn
+        else:
+            self.spans.append([drawn, version])
 
 
 class Engine:
@@ -111,33 +133,65 @@ class Engine:
             return self._abort(message["seqs"])
         try:
             if kind == "update":
-                return self._update(message["path"], message["version"])
+                return self._update(message)
             if kind == "adapt":
-                return self._adapt(message["job"], message["path"], message["version"])
-            self._add(message)
+                return self._adapt(message)
+            self._add(message["seq"], Running(message, self._adapters.get(message["job"])))
         except EngineError as error:
             self._stream.check_usable()  # raises where vLLM's state is lost
             answer = failed(message["seq"]) if "seq" in message else {"kind": "refused"}
             self._channel.send(answer | {"error": str(error)})
 
-    def _update(self, path: str | None, version: int) -> None:
-        if path is None:
-            got = self._stream.reset_weights()
-        else:
-            got = self._stream.update_weights(read_weights(path), version)
+    # --- weights ---------------------------------------------------------------------------------
+
+    def _update(self, message: dict[str, Any]) -> None:
+        with self._interrupted(message, list(self._running)):
+            if message["path"] is None:
+                got = self._stream.reset_weights()
+            else:
+                got = self._stream.update_weights(read_weights(message["path"]), message["version"])
         self._channel.send({"kind": "updated", "digest": got.digest})
 
-    def _adapt(self, job: str, path: str | None, version: int) -> None:
-        """Sequences of `job` from now on have this adapter; those that run keep theirs."""
+    def _adapt(self, message: dict[str, Any]) -> None:
+        """Sequences of the job from now on have this adapter. Those that run keep theirs, unless
+        the update says otherwise."""
+        job, path, digest = message["job"], message["path"], ""
         old = self._adapters.get(job)
-        digest = ""
-        if path is None:
-            self._adapters.pop(job, None)
-        else:
-            self._adapters[job] = self._stream.load_adapter(Path(path), version)
-            digest = self._adapters[job].version.digest
+        mine = [seq for seq, running in self._running.items() if running.message["job"] == job]
+        with self._interrupted(message, [] if message["in_flight"] == "wait" else mine):
+            if path is None:
+                self._adapters.pop(job, None)
+            else:
+                self._adapters[job] = self._stream.load_adapter(Path(path), message["version"])
+                digest = self._adapters[job].version.digest
+            for seq in mine if message["in_flight"] != "wait" else ():
+                self._running[seq].adapter = self._adapters.get(job)
         self._unload(old)
         self._channel.send({"kind": "updated", "digest": digest})
+
+    @contextlib.contextmanager
+    def _interrupted(self, message: dict[str, Any], seqs: list[int]) -> Iterator[None]:
+        """With these sequences out of vLLM. Afterwards those of the job that sent the update end
+        there, with `in_flight` abort; the others go on: their next token is drawn from the weights
+        in use then, over caches that are computed anew."""
+        for seq, output in zip(seqs, self._stream.interrupt([*map(str, seqs)]), strict=True):
+            running = self._running[seq]
+            if not running.scored:
+                running.take_in(output.outputs[0], self._version(running.adapter))
+        ends = False
+        try:
+            yield
+            ends = message["in_flight"] == "abort"
+        finally:
+            for seq in seqs:
+                running = self._running.pop(seq)
+                if ends and not running.scored and running.message["job"] == message["job"]:
+                    self._send_drawn(seq, running, "abort")
+                else:
+                    self._add(seq, running)
+
+    def _version(self, adapter: Any) -> int:
+        return (self._stream if adapter is None else adapter).version.version
 
     def _unload(self, adapter: Any) -> None:
         """Give up an adapter that is in use by no job and no sequence any more."""
@@ -145,18 +199,20 @@ class Engine:
         if adapter is not None and not any(adapter is other for other in used):
             self._stream.unload_adapter(adapter)
 
+    # --- sequences -------------------------------------------------------------------------------
+
     def _abort(self, seqs: list[int]) -> None:
         self._stream.abort([str(seq) for seq in seqs])
         for seq in seqs:
             running = self._running.pop(seq, None)
             self._unload(running.adapter if running else None)
 
-    def _add(self, message: dict[str, Any]) -> None:
+    def _add(self, seq: int, running: Running) -> None:
         from rlalign.rollout.engine import SamplingParams
 
-        stream, seq, ids = self._stream, message["seq"], message["ids"]
-        scored = message["kind"] == "score"
-        if scored:
+        stream, message = self._stream, running.message
+        ids, drawn = message["ids"], len(running.ids)
+        if running.scored:
             stream.limits.check_ids(ids, 0, "the sequence to score")
             ids, params = ids[:-1], stream.scoring(ids[-1])
         else:
@@ -164,11 +220,12 @@ class Engine:
             stream.limits.check_params(wanted)
             stream.limits.check_ids(ids, wanted.max_completion_length, "the prompt")
             stream.limits.check_seeds([message["seed"]], "the request")
-            params = stream.sampling(wanted, message["seed"])
-        adapter = self._adapters.get(message["job"])
-        stream.add(str(seq), ids, params, adapter)
-        version = stream.version if adapter is None else adapter.version
-        self._running[seq] = Running(scored, version.version, adapter)
+            left = replace(wanted, max_completion_length=wanted.max_completion_length - drawn)
+            # Other random numbers than those that the first tokens were drawn with.
+            seed = (message["seed"] + drawn * CONTINUED) % 2**63
+            ids, params = [*ids, *running.ids], stream.sampling(left, seed)
+        stream.add(str(seq), ids, params, running.adapter)
+        self._running[seq] = running
 
     def _give(self, output: Any) -> None:
         from rlalign.rollout.vllm_stream import sequence_logp
@@ -179,20 +236,15 @@ class Engine:
         if running.scored:
             return self._channel.send({"kind": "done", "seq": seq, "logp": sequence_logp(output)})
         completion = output.outputs[0]
-        logp = list(completion.logprobs.logprobs)
-        if not math.isfinite(sum(logp)):
+        running.take_in(completion, self._version(running.adapter))
+        if not math.isfinite(sum(running.logp)):
             error = "the model's logits are not finite: the weights diverged"
             return self._channel.send(failed(seq) | {"error": error})
-        self._channel.send(
-            {
-                "kind": "done",
-                "seq": seq,
-                "ids": list(completion.token_ids),
-                "logp": logp,
-                "finish": completion.finish_reason,
-                "version": running.version,
-            }
-        )
+        self._send_drawn(seq, running, completion.finish_reason)
+
+    def _send_drawn(self, seq: int, running: Running, finish: str) -> None:
+        message = {"ids": running.ids, "logp": running.logp, "spans": running.spans}
+        self._channel.send({"kind": "done", "seq": seq, "finish": finish, **message})
 
 
 def failed(seq: int) -> dict[str, Any]:

@@ -35,6 +35,10 @@ class FairQueue(Generic[T]):
     def waiting(self, job: str) -> int:
         return len(self._waiting.get(job, ()))
 
+    def of(self, job: str) -> list[T]:
+        """What of a job is waiting, first to last."""
+        return [item for item, _ in self._waiting.get(job, ())]
+
     def set_weight(self, job: str, weight: float) -> None:
         """`weight` > 0: twice the weight, twice the tokens while both jobs wait."""
         self._weight[job] = weight

@@ -41,7 +41,7 @@ class Format:
             **self._content(text),
             "logprobs": self._logprobs(text, done["logp"][: text.num_tokens]) if logp else None,
             "finish_reason": "stop" if text.stopped else done["finish"],
-            "policy_version": done["version"],
+            "policy_version": done["spans"][-1][1] if done["spans"] else None,  # of its last token
         }
 
     def parts(
