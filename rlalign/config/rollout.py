@@ -49,6 +49,12 @@ class ServerConfig:
         0.0, "How long to wait for another job's lease to end, seconds.", ge=0, le=86400
     )
     timeout_s: float = option(3600.0, "Deadline of one batch of rollouts, seconds.", gt=0)
+    channel: str = option(
+        "auto",
+        "How weights get there (rlalign/rollout/channels); auto: memory where the server's folder "
+        "is seen, else upload. gloo, nccl and ipc are for whole policies.",
+        choices=("auto", "memory", "upload", "gloo", "nccl", "ipc"),
+    )
     in_flight: str = option(
         "wait",
         "Sequences that run when new weights come: they end under the old ones (wait), or go on "
@@ -76,7 +82,11 @@ class ServeConfig:
     max_len: int = option(2048, "Longest sequence, prompt and completion, tokens.", ge=2)
     num_threads: int = option(0, "Threads of the engine on a CPU; 0: torch's own.", ge=0)
     start_timeout_s: float = option(600.0, "Deadline of the engine's start, seconds.", gt=0)
+    stall_s: float = option(
+        120.0, "An engine that is silent for so long hangs: it is started again.", ge=10
+    )
     max_body_mib: int = option(64, "Largest request.", ge=1)
+    max_weights_mib: int = option(16384, "Largest update that comes over HTTP.", ge=1)
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
 
 

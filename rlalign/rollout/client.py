@@ -1,15 +1,15 @@
 """A job on a rollout server, as a rollout engine: what `rollout.engine=server` uses.
 
 The lease is taken when the client is built and renewed by a thread until it is closed; a run that
-dies is silent, and its lease ends by itself. Weights go through the server's folder in memory, one
-tensor a file, and the server answers with the digest its engine computed of what it read.
+dies is silent, and its lease ends by itself. Weights go through one of rlalign.rollout.channels,
+and the server answers with the digest its engine computed of what it read.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-import shutil
+import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -18,14 +18,21 @@ from typing import Any
 
 import httpx
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from rlalign.config.schema import ServerConfig
-from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
+from rlalign.rollout.channels import WeightChannel
+from rlalign.rollout.channels.files import MemoryChannel, UploadChannel
+from rlalign.rollout.channels.group import GroupChannel
+from rlalign.rollout.channels.ipc import IpcChannel
+from rlalign.rollout.engine import (
+    Capabilities,
+    EngineError,
+    GenerateRequest,
+    SamplingParams,
+    WeightsLost,
+)
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.server.connection import ConnectionFileError, connection_path, read_connection
-from rlalign.rollout.vllm_weights import ADAPTER_FILE, ADAPTER_PREFIX
 from rlalign.types import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -36,6 +43,7 @@ from rlalign.types import (
 )
 
 FINISH_REASONS = {"stop": FINISH_STOP, "length": FINISH_LENGTH}
+LOST = 410  # the status that says WeightsLost
 CONNECT_S = 10.0
 SILENCE_S = 60.0  # a stream says something every few seconds, or the server is gone
 
@@ -80,7 +88,11 @@ class RolloutClient:
         body = {"name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s}
         lease = self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
         self._job = f"/v1/jobs/{lease['id']}"
-        self._spool = _shared_folder(lease)
+        try:
+            self._channel = self._open_channel(lease)
+        except BaseException:
+            self._give_back()
+            raise
         self._limits = Limits(lease["vocab"], lease["max_len"])
         self._version = PolicyVersion(0, "")
         self._lost = ""  # why the lease is gone
@@ -153,21 +165,18 @@ class RolloutClient:
         Raises EngineError, with the old weights in use, for weights that the engine refuses.
         """
         self._check_usable()
-        folder = self._spool / str(version)
-        shutil.rmtree(folder, ignore_errors=True)
-        try:
-            self._make(folder)
-            if self._adapter is None:
-                for i, (name, tensor) in enumerate(parameters):
-                    _write(folder / f"{i:06}.safetensors", {name: tensor})
-            else:
-                (folder / "adapter_config.json").write_text(json.dumps(self._adapter))
-                tensors = {ADAPTER_PREFIX + name: tensor for name, tensor in parameters}
-                _write(folder / ADAPTER_FILE, tensors)
+
+        def post(announcement: dict[str, Any]) -> Any:
             body = {"version": version, "in_flight": in_flight or self._cfg.in_flight}
-            answer = self._call("POST", f"{self._job}/weights", body, timeout_s=self._cfg.timeout_s)
-        except BaseException:  # what the server has taken is out of our reach
-            shutil.rmtree(folder, ignore_errors=True)
+            return self._call(
+                "POST", f"{self._job}/weights", body | announcement, timeout_s=self._cfg.timeout_s
+            )
+
+        try:
+            answer = self._channel.send(parameters, version, post)
+        except EngineError:
+            # A lease that is over has no folder any more, and the server says so.
+            self._call("POST", f"{self._job}/heartbeat", timeout_s=SILENCE_S)
             raise
         self._version = PolicyVersion(answer["version"], answer["digest"])
         return self._version
@@ -183,6 +192,10 @@ class RolloutClient:
             return
         self._closed.set()
         self._heart.join()
+        self._channel.close()
+        self._give_back()
+
+    def _give_back(self) -> None:
         with contextlib.suppress(httpx.HTTPError):  # the lease ends by itself too
             self._http.request("DELETE", self._job)
         self._http.close()
@@ -193,16 +206,45 @@ class RolloutClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def _open_channel(self, lease: dict[str, Any]) -> WeightChannel:
+        kind, sees = self._cfg.channel, _sees(lease)
+        if kind == "auto":
+            kind = "memory" if sees else "upload"
+        if kind in ("memory", "ipc") and not sees:
+            raise EngineError(
+                f"rollout.server.channel={kind}, but the server's folder for weights, "
+                f"{lease['spool']}, cannot be seen from here: run the job on the server's machine "
+                "and as its user, or use channel=auto"
+            )
+        if self._adapter is not None and kind not in ("memory", "upload"):
+            raise EngineError(
+                f"rollout.server.channel={kind} does not carry adapters: use auto, memory or upload"
+            )
+        if kind == "memory":
+            return MemoryChannel(Path(lease["spool"]), self._adapter)
+        if kind == "upload":
+            return UploadChannel(self._put, self._adapter)
+        if kind == "ipc":
+            return IpcChannel()
+        return GroupChannel(kind, _own_address(self._http.base_url))
+
+    def _put(self, version: int, name: str, content: bytes) -> None:
+        path = f"{self._job}/weights/{version}/{name}"
+        self._send("PUT", path, self._cfg.timeout_s, content=content)
+
     # --- HTTP ------------------------------------------------------------------------------------
 
     def _call(self, method: str, path: str, body: Any = None, *, timeout_s: float) -> Any:
+        return self._send(method, path, timeout_s, json=body)
+
+    def _send(self, method: str, path: str, timeout_s: float, **body: Any) -> Any:
         self._check_usable()
         try:
-            answer = self._http.request(method, path, json=body, timeout=timeout_s)
+            answer = self._http.request(method, path, timeout=timeout_s, **body)
         except httpx.HTTPError as error:
             raise EngineError(self._unreachable(error)) from error
         if not answer.is_success:
-            raise EngineError(_reason(answer))
+            raise _refusal(answer)
         return answer.json()
 
     def _stream(self, path: str, body: Any, total: int) -> Iterator[dict[str, Any]]:
@@ -214,7 +256,7 @@ class RolloutClient:
             with self._http.stream("POST", path, json=body) as answer:
                 if not answer.is_success:
                     answer.read()
-                    raise EngineError(_reason(answer))
+                    raise _refusal(answer)
                 for text in answer.iter_lines():
                     if time.monotonic() > deadline:
                         raise EngineError(
@@ -224,7 +266,7 @@ class RolloutClient:
                         )
                     line = json.loads(text) if text else {}
                     if "error" in line:
-                        raise EngineError(f"the rollout server: {line['error']}")
+                        raise _error(line["status"], f"the rollout server: {line['error']}")
                     if "request" in line:
                         done += 1
                         yield line
@@ -243,14 +285,6 @@ class RolloutClient:
             if answer.status_code == 404:
                 self._lost = _reason(answer)
                 return
-
-    def _make(self, folder: Path) -> None:
-        try:
-            folder.mkdir(mode=0o700)
-        except OSError as error:
-            # A lease that is over has no folder any more, and the server says so.
-            self._call("POST", f"{self._job}/heartbeat", timeout_s=SILENCE_S)
-            raise EngineError(f"no folder for weights can be made: {error}") from error
 
     def _check_usable(self) -> None:
         if self._closed.is_set():
@@ -290,30 +324,27 @@ class RolloutClient:
         return groups
 
 
-def _shared_folder(lease: dict[str, Any]) -> Path:
-    """The job's folder on the server, where this machine sees it too."""
-    folder = Path(lease["spool"])
+def _sees(lease: dict[str, Any]) -> bool:
+    """Whether the job's folder on the server is one on this machine."""
     try:
-        probe = (folder.parent / "probe").read_text()
+        return (Path(lease["spool"]).parent / "probe").read_text() == lease["probe"]
     except OSError:
-        probe = ""
-    if probe != lease["probe"]:
-        raise EngineError(
-            f"the server's folder for weights, {folder}, cannot be seen from here: run the job on "
-            "the server's machine and as its user"
-        )
-    return folder
+        return False
 
 
-def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(plain, path)
-    except (OSError, SafetensorError) as error:
-        raise EngineError(
-            f"weight {next(iter(tensors), '')!r} cannot be written to {path}: {error}. Make room "
-            "there; the server still has the old weights"
-        ) from error
+def _own_address(url: httpx.URL) -> str:
+    """Of this machine, as the server sees it."""
+    port = url.port or (443 if url.scheme == "https" else 80)
+    with socket.create_connection((url.host, port), CONNECT_S) as connection:
+        return connection.getsockname()[0]
+
+
+def _refusal(answer: httpx.Response) -> EngineError:
+    return _error(answer.status_code, _reason(answer))
+
+
+def _error(status: int, reason: str) -> EngineError:
+    return WeightsLost(reason) if status == LOST else EngineError(reason)
 
 
 def _reason(answer: httpx.Response) -> str:

@@ -59,6 +59,11 @@ class EngineError(RlalignError, RuntimeError):
     the fix."""
 
 
+class WeightsLost(EngineError):
+    """The engine was started again and does not have the weights that it was sent: send them
+    again."""
+
+
 class RolloutEngine(Protocol):
     capabilities: Capabilities
 

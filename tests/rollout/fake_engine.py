@@ -11,7 +11,7 @@ from typing import Any
 
 import httpx
 
-from rlalign.rollout.server import engine_host
+from rlalign.rollout.server import engine_keeper
 from rlalign.rollout.server.app import RolloutServer
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.engine_process import EngineLost
@@ -73,7 +73,7 @@ class FakeProcess:
             logp = [0.0] * (len(message["ids"]) - 1)
             done = {"kind": "done", "seq": message["seq"], "ids": [1], "logp": logp}
             return self.give({**done, "finish": "stop", "spans": [[1, self.version]]})
-        content = b"" if message["path"] is None else read(Path(message["path"]))
+        content = b"" if message["source"] is None else read(Path(message["source"]["path"]))
         if content in (b"bad", None):
             return self.give({"kind": "refused", "error": f"these weights are {content}"})
         self.version = message["version"]
@@ -106,10 +106,17 @@ class Plan:
 class World:
     """A server over such an engine, and a client."""
 
-    def __init__(self, spool: Path, monkeypatch: Any, max_loras: int = 0, slots: int = 8) -> None:
+    def __init__(
+        self,
+        spool: Path,
+        monkeypatch: Any,
+        max_loras: int = 0,
+        slots: int = 8,
+        stall_s: float = 60.0,
+    ) -> None:
         self.plan, self.spool = Plan(), spool
-        monkeypatch.setattr(engine_host, "EngineProcess", lambda: FakeProcess(self.plan))
-        self.host = EngineHost({}, slots=slots, start_timeout_s=5)
+        monkeypatch.setattr(engine_keeper, "EngineProcess", lambda: FakeProcess(self.plan))
+        self.host = EngineHost({}, slots=slots, start_timeout_s=5, stall_s=stall_s)
         self.texts = Texts(str(spool))  # no tokenizer there: these tests need none
         described = {"model": "fake", "max_loras": max_loras}
         self.server = RolloutServer(self.host, spool, self.texts, described)

@@ -39,6 +39,7 @@ class LiveServer:
             time.sleep(0.1)
         content = json.loads(self.connection.read_text())
         self.url, self.tokens = content["url"], content["tokens"]
+        self._http = self.http()  # kept: to make one takes longer than to ask
 
     def client(
         self, tokenizer: Any, name: str = "test", adapter: Any = None, **options: Any
@@ -51,8 +52,7 @@ class LiveServer:
         return httpx.Client(base_url=self.url, headers=headers, timeout=60, trust_env=False)
 
     def state(self) -> dict[str, Any]:
-        with self.http() as http:
-            return http.get("/v1/server").json()
+        return self._http.get("/v1/server").json()
 
     def engine_pid(self) -> int:
         """Of the engine process: the server's child that runs engine_main.py."""
@@ -66,5 +66,6 @@ class LiveServer:
         os.kill(self.engine_pid(), signal.SIGKILL)
 
     def close(self) -> int:
+        self._http.close()
         self.process.terminate()
         return self.process.wait(30)

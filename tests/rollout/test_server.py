@@ -223,6 +223,7 @@ ROUTES = [  # method, path, the least scope that opens it
     ("POST", "/v1/jobs/x/heartbeat", "job"),
     ("DELETE", "/v1/jobs/x", "job"),
     ("POST", "/v1/jobs/x/weights", "job"),
+    ("PUT", "/v1/jobs/x/weights/{version}/{file}", "job"),
     ("POST", "/v1/jobs/x/draw", "generate"),
     ("POST", "/v1/jobs/x/score", "generate"),
     ("GET", "/metrics", "generate"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rlalign.rollout.server import app, doors, engine_host
+from rlalign.rollout.server import app, doors, engine_host, engine_keeper
 from rlalign.rollout.server.engine_process import EngineLost
 from tests.rollout.fake_engine import GONE, FakeProcess, World, body
 
@@ -305,7 +305,7 @@ def test_an_engine_that_cannot_be_started_again_is_told_to_everybody(run, error)
             assert (await w.http.get("/health")).status_code == 503
             await w.http.delete(f"/v1/jobs/{job}")
             assert (await w.http.post("/v1/jobs", json={"name": "x"})).status_code == 503
-        w.host._keeping and await asyncio.wait([w.host._keeping])
+        w.host.keeper._keeping and await asyncio.wait([w.host.keeper._keeping])
 
     run(story)
 
@@ -328,7 +328,7 @@ def test_an_engine_that_never_gets_anything_done_is_given_up(run):
         w.plan.engine.kill()
         await until(lambda: w.host.failure)
         assert "4th time in a row" in w.host.failure
-        assert len(w.plan.processes) == 1 + engine_host.MAX_RESTARTS
+        assert len(w.plan.processes) == 1 + engine_keeper.MAX_RESTARTS
 
     run(story)
 
@@ -348,3 +348,43 @@ def test_a_sequence_that_kills_the_engine_goes_before_the_engine_does(run):
         assert lines(await w.draw(job, 13))[-1] == {"end": 13}
 
     run(story, slots=1)
+
+
+def test_an_engine_that_hangs_is_started_again(run):
+    async def story(w: World) -> None:
+        job = await w.job()
+        await w.update(job, 5)
+        w.plan.may_draw.clear()
+        drawn = w.draw(job)
+        await until(lambda: len(w.plan.processes) == 2 and w.host.alive)
+        w.plan.may_draw.set()
+        assert lines(await drawn)[0]["spans"] == [[1, 5]]
+
+    run(story, stall_s=0.4)
+
+
+def test_an_engine_that_works_and_says_so_is_left_alone(run):
+    async def story(w: World) -> None:
+        w.plan.may_draw.clear()
+        drawn = w.draw(await w.job())
+        for _ in range(12):
+            await asyncio.sleep(0.1)
+            w.plan.engine.give({"kind": "alive"})
+        w.plan.may_draw.set()
+        assert lines(await drawn)[0]["spans"] == [[1, 0]]
+        assert len(w.plan.processes) == 1
+
+    run(story, stall_s=0.4)
+
+
+def test_a_slow_update_is_not_taken_for_a_hang(run):
+    async def story(w: World) -> None:
+        job = await w.job()
+        w.plan.may_load.clear()
+        updated = asyncio.create_task(w.update(job, 5))
+        await asyncio.sleep(1.2)
+        w.plan.may_load.set()
+        assert (await updated).status_code == 200
+        assert len(w.plan.processes) == 1
+
+    run(story, stall_s=0.4)

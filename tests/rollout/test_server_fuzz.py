@@ -61,7 +61,11 @@ BAD: dict[str, dict[str, list[Any]]] = {  # by route and field; each value alone
         "ttl_s": [*(w for w in WRONG if w != 1.5), 0, 0.999, 3601, 1e308, float("inf"), "60"],
         "wait_s": [*(w for w in WRONG if w != 1.5), -0.1, 86_401, float("-inf"), "0"],
     },
-    "/weights": {"version": [*WRONG, 2**53, "1", 1e300, "../1", "1/../../x"]},
+    "/weights": {
+        "version": [*WRONG, 2**53, "1", 1e300, "../1", "1/../../x"],
+        "in_flight": WRONG,
+        "channel": WRONG,
+    },
     "/draw": {
         "requests": [*WRONG, [], [{}], [[5]], [{"ids": [5]}], [{"seeds": [1]}]],
         "requests.0.ids": ID_LISTS,
@@ -290,7 +294,7 @@ def test_weights_that_are_none_are_refused_and_leave_nothing_behind(server, raw,
     good = {name: weight.detach() for name, weight in model.named_parameters()}
     with server.client(tokenizer, ttl_s=3600) as engine:
         before = drawn(engine)
-        for version in bad_folders(engine._spool, good):
+        for version in bad_folders(engine._channel._spool, good):
             body = json.dumps({"version": version}).encode()
             sent = raw.request("POST", f"{engine._job}/weights", body)
             assert_refused(raw.answer(sent), sent)

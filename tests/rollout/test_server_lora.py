@@ -147,7 +147,7 @@ def test_adapters_that_do_not_fit_are_refused_and_the_old_one_stays(server, fold
         with pytest.raises(EngineError, match="not finite"):
             bad = {n: torch.full_like(w, torch.nan) for n, w in adapter_weights(model)}
             engine.update_weights(bad.items(), 2)
-        engine._adapter = {**engine._adapter, "r": 64}
+        engine._channel._adapter = {**engine._channel._adapter, "r": 64}
         with pytest.raises(EngineError, match=r"vLLM refuses the adapter.*max_lora_rank=16"):
             engine.update_weights(adapter_weights(adapted(folder, 9, rank=64)), 2)
         assert_made_by(model, engine.generate(REQUESTS, PARAMS), REQUESTS, version=1)
@@ -162,7 +162,7 @@ def test_an_adapter_that_is_changed_on_its_way_is_found_out_with_both_digests(
 
         def tampering(method, path, body=None, **options):
             if path.endswith("/weights"):
-                file = engine._spool / str(body["version"]) / "adapter_model.safetensors"
+                file = engine._channel._spool / str(body["version"]) / "adapter_model.safetensors"
                 tensors = load_file(file)
                 next(iter(tensors.values()))[0, 0] += 1e-3
                 save_file(tensors, file)

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 
 from rlalign.config.schema import LoraConfig
 from rlalign.models.lora import adapter_config, adapter_weights, attach_lora
-from rlalign.rollout import client
+from rlalign.rollout.channels import files
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
 from rlalign.trainer.publish import publish
 from tests.rollout.live_server import LiveServer
@@ -180,7 +180,7 @@ def test_an_adapter_lasts_as_long_as_what_began_with_it(server, folder, tokenize
             assert [s.spans[0].version for s in results[version]] == [version] * 6
             assert [s.token_ids for s in results[version]] == expected[version - 10]
         update(16)
-        assert len(list(engine._spool.iterdir())) == 1
+        assert len(list(engine._channel._spool.iterdir())) == 1
 
 
 def test_a_job_that_is_over_is_told_so_when_it_brings_weights(server, folder, tokenizer):
@@ -202,10 +202,10 @@ def test_a_full_disk_is_named_and_leaves_nothing(server, folder, tokenizer, monk
             written.append(path.write_bytes(b"x" * 100))
 
         with monkeypatch.context() as patch:
-            patch.setattr(client, "save_file", full)
+            patch.setattr(files, "save_file", full)
             with pytest.raises(EngineError, match=r"No space left on device.*Make room"):
                 engine.update_weights(model.named_parameters(), 1)
-        assert not list(engine._spool.iterdir())
+        assert not list(engine._channel._spool.iterdir())
         assert engine.generate(requests(1), PARAMS) == before
         assert engine.update_weights(model.named_parameters(), 1).version == 1
 

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from rlalign.errors import RlalignError
-from rlalign.rollout.engine import EngineError
+from rlalign.rollout.engine import EngineError, WeightsLost
 from rlalign.rollout.server.doors import TooLarge, TooSlow
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, JobError
@@ -24,8 +24,8 @@ class UnknownModel(RlalignError):
 
 
 STATUS = {
-    TooLarge: 413, TooSlow: 408, Busy: 409, JobError: 404, UnknownModel: 404, Refused: 400,
-    EngineError: 400, EngineLost: 503, TimeoutError: 504, OSError: 507,
+    WeightsLost: 410, TooLarge: 413, TooSlow: 408, Busy: 409, JobError: 404, UnknownModel: 404,
+    Refused: 400, EngineError: 400, EngineLost: 503, TimeoutError: 504, OSError: 507,
 }  # fmt: skip
 
 

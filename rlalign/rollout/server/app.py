@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import json
 import secrets
 import shutil
@@ -26,8 +25,8 @@ from rlalign.errors import RlalignError
 from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.server import openai_format
-from rlalign.rollout.server.answers import Handler, answering, plain
-from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody, WeightsBody
+from rlalign.rollout.server.answers import Handler, answering, plain, status_of
+from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody
 from rlalign.rollout.server.connected import Stream, unless_gone
 from rlalign.rollout.server.doors import Doors
 from rlalign.rollout.server.engine_host import EngineHost
@@ -36,13 +35,14 @@ from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
 from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
 from rlalign.rollout.server.page import page
-from rlalign.rollout.server.sequences import Refused, Sequence, Tally
+from rlalign.rollout.server.sequences import Sequence, Tally
 from rlalign.rollout.server.streams import as_they_end, outcome
 from rlalign.rollout.server.texts import Texts
-from rlalign.types import PolicyVersion
+from rlalign.rollout.server.weights import WeightRoutes
 
 REAP_S = 0.25  # between two looks for leases that are over
-PROTOCOL = 1  # what client and server must agree on
+UPLOAD_S = 600.0  # for one file of weights to arrive
+PROTOCOL = 2  # what client and server must agree on
 
 OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 
@@ -51,19 +51,25 @@ class RolloutServer:
     """The application: an engine, its jobs, and the folder through which weights come.
 
     `spool` is a private folder, best in memory; `texts` has the model's tokenizer; `describe` is
-    told to every client.
+    told to every client. An update that is uploaded may have `max_weights_bytes`.
     """
 
     def __init__(
-        self, host: EngineHost, spool: Path, texts: Texts, describe: Mapping[str, Any]
+        self,
+        host: EngineHost,
+        spool: Path,
+        texts: Texts,
+        describe: Mapping[str, Any],
+        max_weights_bytes: int = 2**34,
     ) -> None:
         self._host, self._spool, self._describe = host, spool, dict(describe)
+        self._max_weights_bytes = max_weights_bytes
         self._jobs = JobTable(self._describe["max_loras"])
+        self._weights = WeightRoutes(host, self._jobs, spool, max_weights_bytes)
         self._metrics = Metrics(host, self._jobs)
         self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
         self._freed = asyncio.Condition()
         self._endings: set[asyncio.Task[None]] = set()  # of jobs whose lease ran out
-        self._numbers = itertools.count()  # of folders that were taken in
         self.probe = secrets.token_hex(16)
         (spool / "probe").write_text(self.probe)
 
@@ -76,7 +82,8 @@ class RolloutServer:
             ("POST", "/v1/jobs", "job", self.acquire),
             ("POST", "/v1/jobs/{job}/heartbeat", "job", self.heartbeat),
             ("DELETE", "/v1/jobs/{job}", "job", self.release),
-            ("POST", "/v1/jobs/{job}/weights", "job", self.weights),
+            ("PUT", "/v1/jobs/{job}/weights/{version}/{file}", "job", self._weights.upload),
+            ("POST", "/v1/jobs/{job}/weights", "job", self._weights.update),
             ("POST", "/v1/jobs/{job}/draw", "generate", self.draw),
             ("POST", "/v1/jobs/{job}/score", "generate", self.score),
             ("GET", "/metrics", "generate", self._metrics.scrape),
@@ -90,7 +97,10 @@ class RolloutServer:
         ]
         scopes = {(method, path): scope for method, path, scope, _ in table}
         app = Starlette(routes=routes, lifespan=self._lifespan)
-        return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes)
+        limits = {"/v1/jobs/{job}/weights/{version}/{file}": (self._max_weights_bytes, UPLOAD_S)}
+        return Doors(
+            app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes, limits
+        )
 
     async def close(self) -> None:
         """Tell everybody who waits that the server is shutting down."""
@@ -139,23 +149,6 @@ class RolloutServer:
         await self._end(job)
         return {"released": job.id}
 
-    async def weights(self, request: Request) -> Any:
-        body = WeightsBody.model_validate_json(await self._body(request))
-        version = body.version
-        job = self._jobs.renew(request.path_params["job"])
-        folder = self._take_in(job, version)
-        try:
-            host, lora = self._host, job.kind == "lora"
-            update = host.update_adapter if lora else host.update_weights
-            digest = await update(job.id, folder, version, body.in_flight)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-        self._jobs.renew(job.id)  # or it is over, and what it left is about to go
-        job.version = PolicyVersion(version, digest)
-        self._replace(job, folder)
-        return {"version": version, "digest": digest}
-
     async def draw(self, request: Request) -> Any:
         body = DrawBody.model_validate_json(await self._body(request))
         job = self._jobs.renew(request.path_params["job"])
@@ -200,32 +193,6 @@ class RolloutServer:
         self._jobs.get(request.path_params["job"])
         return await request.body()
 
-    def _take_in(self, job: Job, version: int) -> Path:
-        """The folder that the client wrote for `version`, out of the client's way: what it writes
-        from now on is another update, and this one can be read again when the engine died."""
-        sent = self._spool / job.id / str(version)
-        if sent.is_symlink() or not sent.is_dir():
-            raise Refused(f"there is no folder {sent} with the weights of version {version}")
-        files = list(sent.iterdir())
-        strange = [file.name for file in files if file.is_symlink() or not file.is_file()]
-        if strange:
-            raise Refused(f"{sent} holds something that is no plain file: {strange[0]!r}")
-        if not any(file.suffix == ".safetensors" for file in files):
-            raise Refused(f"{sent} holds no safetensors files of version {version}")
-        return sent.rename(sent.with_name(f"taken-{next(self._numbers)}"))
-
-    def _replace(self, job: Job, folder: Path) -> None:
-        """Delete what no sequence needs any more: vLLM may read an adapter again while one runs."""
-        if job.folder is not None:
-            job.replaced.append((job.folder, self._host.next_number))
-        job.folder, replaced, job.replaced = folder, job.replaced, []
-        needed = self._host.oldest(job.id) if job.kind == "lora" else self._host.next_number
-        for old, before in replaced:
-            if before <= needed:
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                job.replaced.append((old, before))
-
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends. A client that goes away takes the rest along."""
         try:
@@ -234,7 +201,7 @@ class RolloutServer:
                     yield b"".join(_line(s, *sequences[s]) for s in batch) or b"\n"
             yield _encoded({"end": len(sequences)})
         except RlalignError as error:
-            yield _encoded({"error": str(error)})
+            yield _encoded({"error": str(error), "status": status_of(error)})
 
     async def _acquire(self, body: AcquireBody) -> Job:
         """Wait for the lease as long as the client wants to."""

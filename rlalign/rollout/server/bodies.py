@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 MAX_SEQUENCES = 65_536  # of one call
+MAX_TENSORS = 1_000_000  # of one update
 Wrong = Field(fail_fast=True)  # one reason is enough: a list of millions would have as many
 TokenIds = Annotated[list[TokenId], Wrong]
+Size = Annotated[int, Field(ge=0, lt=2**48)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -24,9 +26,41 @@ class AcquireBody(Body):
     wait_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
 
 
+class SharedTensor(Body):
+    """A tensor in one of the storages of an update that comes by `ipc`."""
+
+    name: Annotated[str, Field(min_length=1, max_length=1000)]
+    dtype: Literal["float32", "bfloat16", "float16", "float64"]
+    shape: Annotated[list[Size], Wrong, Field(max_length=16)]
+    stride: Annotated[list[Size], Wrong, Field(max_length=16)]
+    offset: Size
+    storage: Size
+
+
 class WeightsBody(Body):
     version: Annotated[int, Field(ge=0, lt=2**53)]
     in_flight: Literal["wait", "abort", "keep"] = "wait"
+    channel: Literal["files", "group", "ipc"] = "files"  # of rlalign.rollout.channels
+    backend: Literal["gloo", "nccl"] = "gloo"
+    port: Annotated[int, Field(ge=1, le=65535)] = 1
+    group: Annotated[str, Field(max_length=64)] = ""
+    update: Annotated[str, Field(max_length=64)] = ""
+    storages: Annotated[list[list[str | int | bool]], Wrong, Field(max_length=MAX_TENSORS)] = []
+    tensors: Annotated[list[SharedTensor], Wrong, Field(max_length=MAX_TENSORS)] = []
+
+    @property
+    def fields_of_channel(self) -> set[str]:
+        """What the engine is told."""
+        if self.channel == "group":
+            return {"backend", "port", "group", "update"}
+        return {"storages", "tensors"} if self.channel == "ipc" else set()
+
+    @model_validator(mode="after")
+    def _places(self) -> WeightsBody:
+        strange = [t.name for t in self.tensors if t.storage >= len(self.storages)]
+        if strange:
+            raise ValueError(f"{strange[0]!r} lies in a storage that is not listed")
+        return self
 
 
 class Params(Body):

@@ -41,7 +41,8 @@ class Doors:
     """ASGI middleware: authentication, scopes, and the size of a request's body.
 
     `scopes` maps (method, path of the route as registered) to a scope or None (open to all);
-    `match` finds the registered path of a request.
+    `match` finds the registered path of a request. `larger` maps paths whose bodies may be large to
+    their most bytes and the seconds in which one must arrive.
     """
 
     def __init__(
@@ -51,9 +52,11 @@ class Doors:
         scopes: Mapping[tuple[str, str], str | None],
         match: Callable[[str, str], str | None],
         max_body_bytes: int,
+        larger: Mapping[str, tuple[int, float]] | None = None,
     ) -> None:
         self._app, self._tokens, self._scopes = app, dict(tokens), dict(scopes)
         self._match, self._max_body_bytes = match, max_body_bytes
+        self._larger = dict(larger or {})
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,7 +66,7 @@ class Doors:
         refusal = self._refusal(scope)
         if refusal is not None:
             return await _answer(send, *refusal)
-        await self._app(scope, self._limited(receive), send)
+        await self._app(scope, self._limited(receive, *self._limits(scope)), send)
 
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and reason, or None where the request may pass."""
@@ -89,7 +92,13 @@ class Doors:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return 400, "Content-Length is no number"
-        return (413, self._too_large()) if int(length) > self._max_body_bytes else None
+        most, _ = self._limits(scope)
+        return (413, _too_large(most)) if int(length) > most else None
+
+    def _limits(self, scope: dict[str, Any]) -> tuple[int, float]:
+        """Most bytes of the request's body, and seconds for it to arrive."""
+        path = self._match(scope["method"], scope["path"])
+        return self._larger.get(path or "", (self._max_body_bytes, BODY_S))
 
     def _granted(self, header: bytes) -> str | None:
         """The scope of the token in an Authorization header. All are compared, in constant time."""
@@ -100,9 +109,9 @@ class Doors:
                 found = scope
         return found
 
-    def _limited(self, receive: Receive) -> Receive:
+    def _limited(self, receive: Receive, most: int, seconds: float) -> Receive:
         """Bodies without a length are counted as they come, and none may take for ever."""
-        size, more, deadline = 0, True, asyncio.get_running_loop().time() + BODY_S
+        size, more, deadline = 0, True, asyncio.get_running_loop().time() + seconds
 
         async def counting() -> dict[str, Any]:
             nonlocal size, more
@@ -111,16 +120,17 @@ class Doors:
                 async with asyncio.timeout_at(deadline if more else None):
                     message = await receive()
             except TimeoutError:
-                raise TooSlow(f"the body did not arrive within {BODY_S:g} s") from None
+                raise TooSlow(f"the body did not arrive within {seconds:g} s") from None
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-            if size > self._max_body_bytes:
-                raise TooLarge(self._too_large())
+            if size > most:
+                raise TooLarge(_too_large(most))
             return message
 
         return counting
 
-    def _too_large(self) -> str:
-        return f"the body has more than {self._max_body_bytes} bytes"
+
+def _too_large(most: int) -> str:
+    return f"the body has more than {most} bytes"
 
 
 async def _answer(send: Send, status: int, reason: str) -> None:

@@ -1,63 +1,79 @@
-"""The server's side of its engine process: sequences in flight, weight updates between them, and a
-new process when the old one dies.
+"""The server's side of its engine: sequences in flight, and weight updates between them.
 
 A sequence that was in flight when the engine died was never answered, so it runs again, from its
 own seed: the last update is replayed, and its digest must come out the same. If another update was
 waiting for it, it runs under that one, and its version says so. A sequence that was there each time
-the engine died is given up in the end, and so is an engine that dies without finishing anything.
+the engine died is given up in the end. Weights that came without files cannot be replayed: whoever
+wants something under them is told that they are lost, until they are sent again.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-import math
-import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from rlalign.rollout.server.engine_process import EngineLost, EngineProcess
+from rlalign.rollout.engine import WeightsLost
+from rlalign.rollout.server.engine_keeper import MAX_RESTARTS, EngineKeeper
+from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.fair import FairQueue
 from rlalign.rollout.server.sequences import Counters, Refused, Sequence, Tally, Update
 
-log = logging.getLogger(__name__)
-
-MAX_RESTARTS = 3  # in a row, with nothing finished in between: then the engine is given up
 MAX_ATTEMPTS = MAX_RESTARTS  # of one sequence: one that kills goes before the engine does
-STEADY_S = 300.0  # an engine that lived for so long did not die of how it was started
+STALL_S = 120.0
 UPDATE_TIMEOUT_S = 300.0
 NOT_BEGUN = {"ids": [], "logp": [], "spans": [], "finish": "abort"}  # of a draw, when it is aborted
 
 
 class EngineHost:
-    """One engine process and what is in flight in it.
+    """One engine and what is in flight in it.
 
     `setup` is what engine_main.start takes; at most `slots` sequences are in the process at a time,
     the others wait here, where jobs take turns. All methods belong to one event loop.
     """
 
-    def __init__(self, setup: dict[str, Any], *, slots: int, start_timeout_s: float) -> None:
-        self._setup, self._slots, self._start_timeout_s = setup, slots, start_timeout_s
+    def __init__(
+        self,
+        setup: dict[str, Any],
+        *,
+        slots: int,
+        start_timeout_s: float,
+        stall_s: float = STALL_S,
+    ) -> None:
+        self._slots = slots
+        self.keeper = EngineKeeper(setup, self, start_timeout_s=start_timeout_s, stall_s=stall_s)
         self.queue: FairQueue[Sequence] = FairQueue()
         self.counters = Counters()
         self.update: Update | None = None  # None: the model folder's own weights
         self.adapters: dict[str, Update] = {}  # by job
-        self.failure = ""  # why there is no engine, for good
+        self._lost = ""  # why the engine has other weights than it was sent
         self._in_flight: dict[int, Sequence] = {}
         self.next_number = 0  # of a sequence that goes to the engine
         self._holds = 0  # above 0: nothing new goes to the engine
-        self._up = asyncio.Event()  # there is an engine with the weights in use, or never again
         self._drained = asyncio.Event()
         self._answer: asyncio.Future[dict[str, Any]] | None = None  # of an update
         self._updating = asyncio.Lock()
-        self._deaths = 0  # in a row
-        self._up_since = math.inf
-        self._process: EngineProcess | None = None
-        self._reading: asyncio.Task[str] | None = None  # its result: why the process ended
-        self._keeping: asyncio.Task[None] | None = None
-        self.limits: dict[str, Any] = {}  # what the engine said of itself: vocab and max_len
+
+    async def start(self) -> None:
+        """Raises EngineLost with the engine's own words where it cannot start."""
+        await self.keeper.start()
+
+    async def close(self) -> None:
+        await self.keeper.close()
+
+    @property
+    def alive(self) -> bool:
+        return self.keeper.alive
+
+    @property
+    def failure(self) -> str:
+        """Why there is no engine, for good."""
+        return self.keeper.failure
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        return self.keeper.limits
 
     # --- sequences -------------------------------------------------------------------------------
 
@@ -65,15 +81,13 @@ class EngineHost:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
-    @property
-    def alive(self) -> bool:
-        return self._up.is_set() and not self.failure
-
     def submit(self, job: str, message: dict[str, Any], tokens: int) -> Sequence:
         """Queue one sequence; its result comes through `Sequence.result`: the engine's `done`
-        message, Refused or EngineLost."""
+        message, Refused, EngineLost or WeightsLost."""
         if self.failure:
             raise EngineLost(self.failure)
+        if self._lost:
+            raise WeightsLost(self._lost)
         sequence = Sequence(job, message, tokens, asyncio.get_running_loop().create_future())
         self.queue.push(job, sequence, tokens)
         self._pump()
@@ -98,7 +112,7 @@ class EngineHost:
                 queued.add(sequence)
         self.queue.discard(queued)
         if running:
-            self._send({"kind": "abort", "seqs": running})
+            self.keeper.send({"kind": "abort", "seqs": running})
         self._pump()
 
     def drop_job(self, job: str, why: Exception) -> None:
@@ -109,17 +123,17 @@ class EngineHost:
                 sequence.result.set_exception(why)
             self._in_flight.pop(sequence.number, None)
         if mine:
-            self._send({"kind": "abort", "seqs": [s.number for s in mine]})
+            self.keeper.send({"kind": "abort", "seqs": [s.number for s in mine]})
         self._pump()
 
     def _pump(self) -> None:
-        open_ = self._up.is_set() and not self._holds
+        open_ = self.keeper.up.is_set() and not self._holds
         while open_ and len(self.queue) and len(self._in_flight) < self._slots:
             sequence = self.queue.pop()
             sequence.number, self.next_number = self.next_number, self.next_number + 1
             sequence.attempts += 1
             self._in_flight[sequence.number] = sequence
-            self._send({**sequence.message, "job": sequence.job, "seq": sequence.number})
+            self.keeper.send({**sequence.message, "job": sequence.job, "seq": sequence.number})
         if not self._in_flight:
             self._drained.set()
         else:
@@ -128,25 +142,26 @@ class EngineHost:
     # --- weights ---------------------------------------------------------------------------------
 
     async def update_weights(
-        self, job: str, path: Path, version: int, in_flight: str = "wait"
+        self, job: str, source: dict[str, Any], version: int, in_flight: str = "wait"
     ) -> str:
-        """Load the folder `path` and return the engine's digest. What is in flight finishes first
-        (`wait`), goes on under the new weights (`keep`), or, with `abort`, the job's own ends with
-        what it has, and so does what the job has waiting.
+        """Load the weights in `source` (see Update) and return the engine's digest. What is in
+        flight finishes first (`wait`), goes on under the new weights (`keep`), or, with `abort`,
+        the job's own ends with what it has, and so does what the job has waiting.
 
-        The folder must stay until the next update: an engine that is started again reads it.
+        Files must stay until the next update: an engine that is started again reads it.
         Raises Refused, with the old weights in use, EngineLost, and TimeoutError by name.
         """
         what = f"the update to version {version}" if in_flight == "wait" else ""
         async with self._updating, self._held(what):
             message = {"kind": "update", "job": job, "in_flight": in_flight}
-            self.update = await self._load(message, path, version)
+            self.update, self._lost = await self._load(message, source, version), ""
             self._updated(job, in_flight)
             return self.update.digest
 
     async def reset_weights(self) -> None:
         """Back to the model folder's own weights. Raises EngineLost and TimeoutError by name."""
         async with self._updating:
+            self._lost = ""
             if self.update is None:
                 return
             self.update = None  # whatever happens: no engine is given these weights again
@@ -154,17 +169,17 @@ class EngineHost:
                 async with self._held("going back to the base weights"):
                     await self._ask(_nothing("update", ""))
             except TimeoutError:
-                self._kill()  # it may have them still; the next one has not
+                self.keeper.kill()  # it may have them still; the next one has not
                 raise
 
     async def update_adapter(
-        self, job: str, path: Path, version: int, in_flight: str = "wait"
+        self, job: str, source: dict[str, Any], version: int, in_flight: str = "wait"
     ) -> str:
-        """Give the sequences of `job` from now on the LoRA adapter in `path`. Nobody waits: with
+        """Give the sequences of `job` from now on the LoRA adapter in `source`. Nobody waits: with
         `wait`, what is in flight ends under the adapter it has. Otherwise as `update_weights`."""
         async with self._updating, self._held(""):
             message = {"kind": "adapt", "job": job, "in_flight": in_flight}
-            self.adapters[job] = await self._load(message, path, version)
+            self.adapters[job] = await self._load(message, source, version)
             self._updated(job, in_flight)
             return self.adapters[job].digest
 
@@ -179,8 +194,8 @@ class EngineHost:
         """Wait for an engine that is being started again."""
         with _deadline("waiting for an engine"):
             async with asyncio.timeout(UPDATE_TIMEOUT_S):
-                while not self._up.is_set():  # it may be down again before we are told
-                    await self._up.wait()
+                while not self.keeper.up.is_set():  # it may be down again before we are told
+                    await self.keeper.up.wait()
         if self.failure:
             raise EngineLost(self.failure)
 
@@ -209,22 +224,22 @@ class EngineHost:
                 if not sequence.result.done():
                     sequence.result.set_result(dict(NOT_BEGUN))
 
-    async def _load(self, message: dict[str, Any], path: Path, version: int) -> Update:
-        digest = await self._ask({**message, "path": str(path), "version": version})
-        return Update(path, version, digest)
+    async def _load(self, message: dict[str, Any], source: dict[str, Any], version: int) -> Update:
+        digest = await self._ask({**message, "source": source, "version": version})
+        return Update(source, version, digest)
 
     async def _ask(self, message: dict[str, Any]) -> str:
         """Have the engine load something; the digest of what it read."""
-        if self._reading is None or self._reading.done():
+        if not self.keeper.runs:
             raise EngineLost("the engine died before a weight update")
         self._answer = asyncio.get_running_loop().create_future()
-        self._send(message)
+        self.keeper.send(message)
         try:
             with _deadline(f"loading version {message['version']}"):
                 async with asyncio.timeout(UPDATE_TIMEOUT_S):
                     answer = await self._answer
         except TimeoutError:
-            self._kill()  # nobody knows its weights, and its answer would be taken for another's
+            self.keeper.kill()  # nobody knows its weights, and its answer would pass for another's
             raise
         finally:
             self._answer = None
@@ -232,49 +247,13 @@ class EngineHost:
             raise Refused(answer["error"])
         return answer["digest"]
 
-    # --- the process -----------------------------------------------------------------------------
+    # --- what the keeper tells -------------------------------------------------------------------
 
-    async def start(self) -> None:
-        """Raises EngineLost with the engine's own words where it cannot start."""
-        self._reading = await self._start()
-        self._is_up()
-        self._keeping = asyncio.create_task(self._keep(self._reading))
+    @property
+    def loading(self) -> bool:
+        return self._answer is not None
 
-    async def close(self) -> None:
-        self._give_up("the server is shutting down")
-        for task in (self._reading, self._keeping):
-            if task is not None:
-                task.cancel()
-
-    async def _start(self) -> asyncio.Task[str]:
-        self._process = process = EngineProcess()
-        await process.start(self._setup, self._start_timeout_s)
-        self.limits = process.ready
-        return asyncio.create_task(self._read(process))
-
-    def _is_up(self) -> None:
-        self._up_since = time.monotonic()
-        self._up.set()
-        self._pump()
-
-    async def _read(self, process: EngineProcess) -> str:
-        """Take results until the process ends; why it did."""
-        why = ""
-        with contextlib.suppress(EOFError, ConnectionError):
-            while not why:
-                message = await process.receive()
-                why = message["error"] if message["kind"] == "broken" else ""
-                if not why:
-                    self._take(message)
-        if not self.failure:
-            self._up.clear()
-        why = why or f"the engine {await process.post_mortem()}"
-        self._fail_answer(EngineLost(f"{why}, during a weight update"))
-        return why
-
-    def _take(self, message: dict[str, Any]) -> None:
-        if self._up.is_set():
-            self._deaths = 0  # it does what it is asked for; a replay proves nothing yet
+    def took(self, message: dict[str, Any]) -> None:
         if message["kind"] in ("updated", "refused"):
             if self._answer is not None and not self._answer.done():
                 self._answer.set_result(message)
@@ -293,58 +272,12 @@ class EngineHost:
             tally.sequences += 1
             tally.generated_tokens += tokens
 
-    async def _keep(self, reading: asyncio.Task[str]) -> None:
-        """Bring the engine back whenever it ends, until that is of no use."""
-        try:
-            while not self.failure:
-                reading = await self._bring_back(await reading)
-        except (EngineLost, Refused, TimeoutError) as error:
-            self._give_up(str(error))
-        except Exception as error:  # nobody would bring the engine back any more: they must know
-            self._give_up(f"the server's own fault: {type(error).__name__}: {error}")
-            raise
+    def ended(self, why: EngineLost) -> None:
+        self._fail_answer(EngineLost(f"{why}, during a weight update"))
 
-    async def _bring_back(self, why: str) -> asyncio.Task[str]:
-        while True:
-            if time.monotonic() - self._up_since > STEADY_S:
-                self._deaths = 0
-            self._deaths += 1
-            if self._deaths > MAX_RESTARTS:
-                raise EngineLost(f"{why}; it was the {self._deaths}th time in a row")
-            try:
-                return await self._revive(why)
-            except EngineLost as error:
-                why = str(error)
-
-    async def _revive(self, why: str) -> asyncio.Task[str]:
-        """A new process with the weights in use."""
-        log.warning("engine: %s; starting another", why)
-        self._up.clear()
-        self._up_since = math.inf
-        self.counters.restarts += 1
-        self._stop()
-        self._requeue()
-        self._reading = reading = await self._start()
-        if self.update is not None:
-            await self._replay("update", "", self.update)
-        for job, update in list(self.adapters.items()):
-            await self._replay("adapt", job, update)
-        if reading.done():
-            raise EngineLost(reading.result())
-        self._is_up()
-        return reading
-
-    async def _replay(self, kind: str, job: str, update: Update) -> None:
-        message = {"kind": kind, "job": job, "in_flight": "wait"}
-        again = await self._load(message, update.path, update.version)
-        if again != update:
-            raise EngineLost(
-                f"the weights of version {update.version} came back with digest {again.digest}, "
-                f"they had {update.digest}"
-            )
-
-    def _requeue(self) -> None:
+    def emptied(self) -> None:
         """What was in flight runs again, before what waits."""
+        self.counters.restarts = self.keeper.restarts
         lost, self._in_flight = list(self._in_flight.values()), {}
         self._drained.set()
         for sequence in reversed(lost):
@@ -357,12 +290,44 @@ class EngineHost:
             else:
                 self.queue.push(sequence.job, sequence, sequence.tokens, first=True)
 
-    def _give_up(self, why: str) -> None:
-        """There is no engine any more: everybody who waits is told why."""
-        log.info("engine: %s; giving up", why)
-        self.failure = why
-        self._stop()
-        error = EngineLost(why)
+    async def restore(self) -> None:
+        """Raises EngineLost where the weights come out with another digest."""
+        if self.update is not None:
+            if self.update.source["channel"] == "files":
+                await self._replay("update", "", self.update)
+            else:
+                self._lose(self.update)
+        for job, update in list(self.adapters.items()):
+            await self._replay("adapt", job, update)
+
+    def _lose(self, update: Update) -> None:
+        """Nobody gets anything under other weights than those of `update`."""
+        self._lost = (
+            f"the engine died and was started again, and the weights of version {update.version} "
+            f"(digest {update.digest}) came without files that it could read again: send them again"
+        )
+        self.update = None
+        self._end_all(WeightsLost(self._lost))
+
+    async def _replay(self, kind: str, job: str, update: Update) -> None:
+        message = {"kind": kind, "job": job, "in_flight": "wait"}
+        again = await self._load(message, update.source, update.version)
+        if again != update:
+            raise EngineLost(
+                f"the weights of version {update.version} came back with digest {again.digest}, "
+                f"they had {update.digest}"
+            )
+
+    def is_up(self) -> None:
+        self._pump()
+
+    def gave_up(self, why: EngineLost) -> None:
+        self._end_all(why)
+        self._fail_answer(why)
+        self._drained.set()
+
+    def _end_all(self, error: Exception) -> None:
+        """Everybody who waits for a sequence gets `error`."""
         waiting = list(self._in_flight.values())
         self._in_flight = {}
         while len(self.queue):
@@ -370,32 +335,15 @@ class EngineHost:
         for sequence in waiting:
             if not sequence.result.done():
                 sequence.result.set_exception(error)
-        self._fail_answer(error)
-        self._drained.set()
-        self._up.set()
 
     def _fail_answer(self, error: Exception) -> None:
         if self._answer is not None and not self._answer.done():
             self._answer.set_exception(error)
 
-    def _send(self, message: dict[str, Any]) -> None:
-        if self._process is not None:
-            self._process.send(message)
-
-    def _kill(self) -> None:
-        """End the process as if it had died by itself: another one takes over."""
-        if self._process is not None and not self.failure:
-            self._up.clear()
-            self._process.kill()
-
-    def _stop(self) -> None:
-        if self._process is not None:
-            self._process.stop()
-
 
 def _nothing(kind: str, job: str) -> dict[str, Any]:
     """The message after which the model folder's own weights are in use, or no adapter."""
-    return {"kind": kind, "job": job, "path": None, "version": 0, "in_flight": "wait"}
+    return {"kind": kind, "job": job, "source": None, "version": 0, "in_flight": "wait"}
 
 
 @contextlib.contextmanager

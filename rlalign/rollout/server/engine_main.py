@@ -6,12 +6,13 @@ in whatever has arrived, so sequences of any job join the running batch at once.
     {"kind": "draw", "job": "a", "seq": 7, "ids": [..], "seed": 3, "params": {..}}    one sequence
     {"kind": "score", "job": "a", "seq": 8, "ids": [..]}
     {"kind": "abort", "seqs": [7]}
-    {"kind": "update", "job": "a", "path": "..", "version": 4, "in_flight": "wait"}
-                                                        a folder of safetensors; null: the model's
-    {"kind": "adapt", "job": "a", "path": "..", "version": 4, "in_flight": "wait"}
-                                                        a LoRA adapter; null: none any more
+    {"kind": "update", "job": "a", "source": {..}, "version": 4, "in_flight": "wait"}
+                                             rlalign.rollout.channels; null: the model folder's own
+    {"kind": "adapt", "job": "a", "source": {..}, "version": 4, "in_flight": "wait"}
+                                             a folder with a LoRA adapter; null: none any more
 
-and from it `ready`, `done` and `failed` (of a sequence), `updated` and `refused` (of the last two).
+and from it `ready`, `done` and `failed` (of a sequence), `updated` and `refused` (of the last two),
+and every few seconds `alive`.
 """
 
 from __future__ import annotations
@@ -22,11 +23,13 @@ import math
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+ALIVE_S = 2.0  # between two signs of life
 IDLE_S = 1.0  # between two looks at the socket while nothing runs
 CONTINUED = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of continuations are far apart
 
@@ -37,6 +40,7 @@ def main() -> None:
 
     from rlalign.channel import Channel
     from rlalign.process import die_with_parent
+    from rlalign.rollout.channels.receive import Receiver
     from rlalign.rollout.engine import EngineError
 
     die_with_parent(lifeline_fd)
@@ -49,7 +53,7 @@ def main() -> None:
     limits = stream.limits
     channel.send({"kind": "ready", "max_len": limits.max_len, "vocab": limits.vocab})
     try:
-        Engine(channel, stream).run()
+        Engine(channel, stream, Receiver(setup["device"])).run()
     except EOFError:  # the server is gone
         pass
     except EngineError as error:
@@ -109,14 +113,18 @@ class Running:
 class Engine:
     """Takes messages in and gives results out, a step of vLLM at a time."""
 
-    def __init__(self, channel: Any, stream: Any) -> None:
-        self._channel, self._stream = channel, stream
+    def __init__(self, channel: Any, stream: Any, receiver: Any) -> None:
+        self._channel, self._stream, self._receiver = channel, stream, receiver
         self._running: dict[int, Running] = {}
         self._adapters: dict[str, Any] = {}  # by job
 
     def run(self) -> None:
         """Until the server goes away (EOFError) or vLLM breaks (EngineError)."""
+        said = time.monotonic()
         while True:
+            if time.monotonic() - said > ALIVE_S:
+                said = time.monotonic()
+                self._channel.send({"kind": "alive"})
             wait_s = 0.0 if self._stream.unfinished else IDLE_S
             while self._channel.ready(wait_s):
                 self._take(self._channel.receive())
@@ -146,23 +154,26 @@ class Engine:
 
     def _update(self, message: dict[str, Any]) -> None:
         with self._interrupted(message, list(self._running)):
-            if message["path"] is None:
+            if message["source"] is None:
                 got = self._stream.reset_weights()
             else:
-                got = self._stream.update_weights(read_weights(message["path"]), message["version"])
+                weights = self._receiver.receive(message["source"])
+                with contextlib.closing(weights):
+                    got = self._stream.update_weights(weights, message["version"])
         self._channel.send({"kind": "updated", "digest": got.digest})
 
     def _adapt(self, message: dict[str, Any]) -> None:
         """Sequences of the job from now on have this adapter. Those that run keep theirs, unless
         the update says otherwise."""
-        job, path, digest = message["job"], message["path"], ""
+        job, source, digest = message["job"], message["source"], ""
         old = self._adapters.get(job)
         mine = [seq for seq, running in self._running.items() if running.message["job"] == job]
         with self._interrupted(message, [] if message["in_flight"] == "wait" else mine):
-            if path is None:
+            if source is None:
                 self._adapters.pop(job, None)
             else:
-                self._adapters[job] = self._stream.load_adapter(Path(path), message["version"])
+                folder = Path(source["path"])
+                self._adapters[job] = self._stream.load_adapter(folder, message["version"])
                 digest = self._adapters[job].version.digest
             for seq in mine if message["in_flight"] != "wait" else ():
                 self._running[seq].adapter = self._adapters.get(job)
@@ -249,21 +260,6 @@ class Engine:
 
 def failed(seq: int) -> dict[str, Any]:
     return {"kind": "failed", "seq": seq}
-
-
-def read_weights(folder: str) -> Iterator[tuple[str, Any]]:
-    """(name, tensor) of every safetensors file of `folder`, mapped and not copied."""
-    from safetensors import SafetensorError, safe_open
-
-    from rlalign.rollout.engine import EngineError
-
-    for path in sorted(Path(folder).glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - it is not a mapping
-                    yield name, file.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise EngineError(f"{path.name} of the update cannot be read: {error}") from error
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rlalign.errors import RlalignError
@@ -30,7 +29,7 @@ class Sequence:
 class Update:
     """Weights in use: replayed when the engine is started again."""
 
-    path: Path
+    source: dict[str, Any]  # where they came from, for rlalign.rollout.channels
     version: int
     digest: str
 

@@ -78,7 +78,9 @@ async def _run(
     }
     # Twice what runs together, so that a sequence is at hand when another one ends.
     slots = 2 * config.vllm.max_num_seqs
-    host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s)
+    host = EngineHost(
+        setup, slots=slots, start_timeout_s=config.start_timeout_s, stall_s=config.stall_s
+    )
     texts = Texts(folder)
     told, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -110,7 +112,7 @@ async def _listen_until_stopped(
         "model": config.model, "dtype": config.dtype, "name": config.name,
         "max_loras": config.vllm.max_loras, "max_lora_rank": config.vllm.max_lora_rank,
     }  # fmt: skip
-    rollouts = RolloutServer(host, spool, texts, described)
+    rollouts = RolloutServer(host, spool, texts, described, config.max_weights_mib * 2**20)
     server = _Server(
         uvicorn.Config(
             rollouts.asgi(tokens, config.max_body_mib * 2**20),
