@@ -114,6 +114,13 @@ class RolloutConfig:
         "versions old; above 0 needs engine=server.",
         ge=0,
     )
+    oversample: float = option(
+        1.0,
+        "Groups in flight, as a multiple of those that a batch needs: it takes the first that are "
+        "finished, the others go into the next. Above 1 needs max_lag and server.in_flight=keep.",
+        ge=1,
+        le=2,
+    )
     logp_tolerance: float = option(
         0.05,
         "Largest engine/trainer log-prob difference on the check sequence after a weight update.",

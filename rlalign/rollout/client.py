@@ -111,6 +111,18 @@ class RolloutClient:
         Raises EngineError for requests that the server refuses, for a lease or an engine that is
         lost, and after `rollout.server.timeout_s`.
         """
+        groups: list[list[Sample]] = [[] for _ in requests]
+        for i, samples in self.stream(requests, params):
+            groups[i] = samples
+        return groups
+
+    def stream(
+        self, requests: Sequence[GenerateRequest], params: SamplingParams
+    ) -> Iterator[tuple[int, list[Sample]]]:
+        """As `generate`, each request's place and samples as soon as all of them are finished.
+
+        Several streams may be read at once, by as many threads.
+        """
         self._check_usable()
         self._limits.check(requests, params)
         body = {
@@ -125,11 +137,13 @@ class RolloutClient:
             },
         }
         asked = [i for i, r in enumerate(requests) if r.seeds]
-        drawn: dict[tuple[int, int], dict[str, Any]] = {}
+        drawn: dict[int, dict[int, dict[str, Any]]] = {i: {} for i in asked}
         total = sum(len(r.seeds) for r in requests)
         for line in self._stream(f"{self._job}/draw", body, total) if total else ():
-            drawn[asked[line["request"]], line["index"]] = line
-        return self._samples(requests, drawn)
+            i = asked[line["request"]]
+            drawn[i][line["index"]] = line
+            if len(drawn[i]) == len(requests[i].seeds):
+                yield i, self._samples(requests[i], drawn.pop(i))
 
     def score(
         self, sequences: Sequence[Sequence[int]], temperature: float = 1.0
@@ -299,29 +313,23 @@ class RolloutClient:
             "`rlalign serve MODEL`, and go on with --resume"
         )
 
-    def _samples(
-        self,
-        requests: Sequence[GenerateRequest],
-        drawn: dict[tuple[int, int], dict[str, Any]],
-    ) -> list[list[Sample]]:
-        keys = [(i, j) for i, r in enumerate(requests) for j in range(len(r.seeds))]
-        ids = [drawn[key]["ids"] for key in keys]
-        texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True) if ids else []
-        groups: list[list[Sample]] = [[] for _ in requests]
-        for (i, j), text in zip(keys, texts, strict=True):
-            line, request = drawn[i, j], requests[i]
-            groups[i].append(
-                Sample(
-                    prompt_id=request.prompt_id,
-                    index=request.first_index + j,
-                    token_ids=tuple(line["ids"]),
-                    logp=tuple(line["logp"]),
-                    finish_reason=FINISH_REASONS.get(line["finish"], FINISH_ABORT),
-                    spans=tuple(VersionSpan(*span) for span in line["spans"]),
-                    text=text,
-                )
+    def _samples(self, request: GenerateRequest, drawn: dict[int, dict[str, Any]]) -> list[Sample]:
+        lines = [drawn[j] for j in range(len(request.seeds))]
+        texts = self._tokenizer.batch_decode(
+            [line["ids"] for line in lines], skip_special_tokens=True
+        )
+        return [
+            Sample(
+                prompt_id=request.prompt_id,
+                index=request.first_index + j,
+                token_ids=tuple(line["ids"]),
+                logp=tuple(line["logp"]),
+                finish_reason=FINISH_REASONS.get(line["finish"], FINISH_ABORT),
+                spans=tuple(VersionSpan(*span) for span in line["spans"]),
+                text=text,
             )
-        return groups
+            for j, (line, text) in enumerate(zip(lines, texts, strict=True))
+        ]
 
 
 def _sees(lease: dict[str, Any]) -> bool:

@@ -1,23 +1,33 @@
-"""Rollout batches, drawn when they are needed or up to `rollout.max_lag` of them ahead.
+"""Rollout batches, drawn when they are needed or ahead of that, while the trainer trains.
 
-With max_lag 0 a step draws its batch and waits for it. With max_lag k a thread draws the batches of
-the k steps to come while the trainer trains, so the engine (which must run elsewhere) and the
-trainer work at the same time, and a sample is at most k policy versions old when it trains; the
-importance weight of algos/mismatch.py corrects for that. A batch that was drawn ahead and not yet
-trained on is no part of a checkpoint: a resumed run draws it again.
+With `rollout.max_lag` 0 a step draws its batch and waits for it. With max_lag k a thread draws the
+batches of the k steps to come, so the engine (which must run elsewhere) and the trainer work at the
+same time, and a sample is at most k policy versions old when it trains; the importance weight of
+algos/mismatch.py corrects for that, token by token. With `rollout.oversample` above 1 groups that
+are not finished go into a later batch (sources.py): one of the k versions is theirs, and k - 1
+batches are drawn ahead. A batch that was drawn ahead and not yet trained on is no part of a
+checkpoint: a resumed run draws it again.
 """
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, cast
 
 from rlalign import algos
-from rlalign.rollout.engine import SamplingParams
-from rlalign.trainer.collect import Collected, make_requests, roll_out
+from rlalign.rollout.engine import WeightsLost
+from rlalign.trainer.collect import Collected
 from rlalign.trainer.job import Job
+from rlalign.trainer.sources import AsTheyEnd, GroupSource, InOrder, StreamingEngine
+
+log = logging.getLogger(__name__)
+
+MAX_RESENDS = 3  # in a row
 
 
 @dataclass
@@ -27,76 +37,91 @@ class Drawn:
     collected: Collected
     figures: dict[str, float]  # of dynamic sampling
     cursor: int
+    carried: list[int]  # positions before the cursor that are in no batch yet
     generated_tokens: int
 
 
-def draw(job: Job, step: int, cursor: int) -> Drawn:
+def draw(job: Job, step: int, source: GroupSource) -> Drawn:
     """The groups of `step`; with dynamic sampling, rollout batches until enough carry signal."""
-    config = job.config
-    params = SamplingParams(
-        max_completion_length=config.rollout.max_completion_length,
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-    )
-    sampler = algos.DynamicSampler(config.trainer.prompts_per_step, config.algo)
+    algo = job.config.algo
+    sampler = algos.DynamicSampler(job.config.trainer.prompts_per_step, algo)
     seen: Counter[str] = Counter()
-    drawn = Drawn(Collected(), {}, cursor, 0)
+    collected, generated_tokens = Collected(), 0
     while sampler.needed:
-        prompts = job.train_prompts.take(drawn.cursor, sampler.next_prompts)
-        drawn.cursor += len(prompts)
-        counts = [config.algo.num_generations] * len(prompts)
-        requests = make_requests(prompts, counts, config.seed, step, seen)
-        with job.sampling():
-            batch = roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
-        by_acc = config.algo.filter_groups.metric == "acc"
+        batch = source.next(sampler.next_prompts, step, seen)
+        by_acc = algo.filter_groups.metric == "acc"
         values = [score.acc_B if by_acc else score.reward_B for score in batch.scores]
         selection = sampler.feed([value.tolist() for value in values])
-        drawn.generated_tokens += batch.generated_tokens
-        drawn.collected.extend(batch.select(selection.kept))
-    drawn.figures = sampler.metrics()
-    return drawn
+        generated_tokens += batch.generated_tokens
+        collected.extend(batch.select(selection.kept))
+    return Drawn(collected, sampler.metrics(), source.cursor, source.carried, generated_tokens)
 
 
 class RolloutsAhead:
-    """The batches of a run, in order, from the step and cursor of `job.progress` on.
+    """The batches of a run, in order, from where `job.progress` stands.
 
-    `waited_s` is how long `take` and `settle` have kept the trainer waiting, in all.
+    `waited_s` is how long `take`, `settle` and `before_update` have kept the trainer waiting, in
+    all. `publish_again` sends the engine the weights that the trainer has: an engine that died may
+    need them.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job, self._max_lag = job, job.config.rollout.max_lag
-        self._step, self._cursor = job.progress.step, job.progress.cursor  # of the next draw
+    def __init__(self, job: Job, publish_again: Callable[[], Any]) -> None:
+        self._job, self._publish_again = job, publish_again
+        rollout = job.config.rollout
+        oversampled = rollout.oversample > 1
+        engine = cast(StreamingEngine, job.rollout)
+        self._source = AsTheyEnd(job, engine) if oversampled else InOrder(job)
+        self._ahead = rollout.max_lag - oversampled
+        self._one_version = rollout.server.in_flight == "wait"
+        self._step = job.progress.step  # of the next draw
         self._begun = job.progress.step  # steps whose draw is queued, running or done
         self._coming: deque[Future[Drawn]] = deque()
-        self._thread = ThreadPoolExecutor(1, "rollouts-ahead") if self._max_lag else None
+        self._thread = ThreadPoolExecutor(1, "rollouts-ahead") if self._ahead else None
         self.waited_s = 0.0
 
     def take(self) -> Drawn:
         """The batch of the next step; those of the steps after it are begun."""
-        if self._thread is None:
-            began = time.perf_counter()
-            drawn = self._next()
+        began = time.perf_counter()
+        try:
+            drawn = self._take()
+        finally:
             self.waited_s += time.perf_counter() - began
-            return drawn
-        if not self._coming:
-            self._begin()
-        drawn = self._wait(self._coming[0])
-        self._coming.popleft()
-        while len(self._coming) < self._max_lag and self._begin():
+        while len(self._coming) < self._ahead and self._begin():
             pass
         return drawn
 
+    def before_update(self) -> None:
+        """Wait for the batch that is being drawn, so that it is of one version, unless sequences
+        go on under new weights (`rollout.server.in_flight=keep`)."""
+        if self._one_version:
+            self.settle()
+
     def settle(self) -> None:
-        """Wait for the batch that is being drawn: before an update of the weights, so that it is of
-        one version, and before an evaluation."""
+        """Wait for the batch that is being drawn."""
         if self._coming:
-            self._wait(self._coming[0])
+            began = time.perf_counter()
+            self._coming[0].exception()  # `take` will raise it
+            self.waited_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Begin no more. A draw that runs ends with the engine's lease."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+
+    def _take(self) -> Drawn:
+        for _ in range(MAX_RESENDS):
+            try:
+                if self._thread is None:
+                    return self._next()
+                if not self._coming:
+                    self._begin()
+                return self._coming.popleft().result()
+            except WeightsLost as error:
+                log.warning("%s", error)
+                self._publish_again()
+                if self._thread is not None:  # the draw that failed is done by the next in line
+                    self._coming.append(self._thread.submit(self._next))
+        raise WeightsLost(f"the engine lost its weights {MAX_RESENDS} times in a row")
 
     def _begin(self) -> bool:
         """Queue the next draw; whether there is one."""
@@ -107,15 +132,13 @@ class RolloutsAhead:
         return True
 
     def _next(self) -> Drawn:
-        """Runs in the thread, one at a time."""
+        """One at a time, in the thread if there is one."""
         self._job.stage(f"rollout of step {self._step + 1}")
-        drawn = draw(self._job, self._step, self._cursor)
-        self._step, self._cursor = self._step + 1, drawn.cursor
-        return drawn
-
-    def _wait(self, future: Future[Drawn]) -> Drawn:
-        began = time.perf_counter()
         try:
-            return future.result()
-        finally:
-            self.waited_s += time.perf_counter() - began
+            drawn = draw(self._job, self._step, self._source)
+        except WeightsLost:
+            self._source.rewind()
+            raise
+        self._source.commit()
+        self._step += 1
+        return drawn

@@ -20,6 +20,7 @@ def check_config(config: Config) -> None:
             f"rollout.engine={config.rollout.engine}: start `rlalign serve MODEL` and use "
             "rollout.engine=server, or set rollout.max_lag=0"
         )
+    _check_oversample(config)
     if config.rollout.engine in ("vllm", "server"):
         _check_vllm(config)
 
@@ -54,6 +55,22 @@ def check_context(model_config, config: Config) -> None:
             f"task.max_prompt_length {config.task.max_prompt_length} + "
             f"rollout.max_completion_length {config.rollout.max_completion_length} = {wanted}, but "
             f"the model holds {limit} positions: lower one of the two"
+        )
+
+
+def _check_oversample(config: Config) -> None:
+    rollout = config.rollout
+    if rollout.oversample == 1:
+        return
+    if not rollout.max_lag:
+        raise ConfigError(
+            f"rollout.oversample = {rollout.oversample:g} carries groups over to the next step, "
+            "and so they are one version old: set rollout.max_lag=1 or more, or oversample=1"
+        )
+    if rollout.server.in_flight != "keep":
+        raise ConfigError(
+            f"rollout.oversample = {rollout.oversample:g} carries groups over an update: set "
+            "rollout.server.in_flight=keep, so that they go on under the new weights"
         )
 
 

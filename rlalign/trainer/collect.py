@@ -129,15 +129,20 @@ def _sample_and_score(
 ) -> Collected:
     start = time.perf_counter()
     samples = engine.generate(requests, params)
-    sampled = time.perf_counter()
     groups = [Group(p, tuple(s)) for p, s in zip(prompts, samples, strict=True)]
+    return scored(groups, scorer, time.perf_counter() - start)
+
+
+def scored(groups: list[Group], scorer: Scorer, rollout_s: float) -> Collected:
+    """Score groups that took `rollout_s` to draw."""
+    start = time.perf_counter()
     scores = scorer.score(groups)
     return Collected(
         groups,
         split_scores(scores, [len(group.samples) for group in groups]),
         Counter(scores.errors),
-        rollout_s=sampled - start,
-        reward_s=time.perf_counter() - sampled,
+        rollout_s=rollout_s,
+        reward_s=time.perf_counter() - start,
         generated_tokens=sum(len(s.token_ids) for group in groups for s in group.samples),
     )
 

@@ -30,6 +30,7 @@ class Progress:
 
     step: int = 0  # finished rollout batches
     cursor: int = 0  # prompts taken from the training set, over all epochs
+    carried: list[int] = field(default_factory=list)  # of those, begun and not trained on yet
     version: int = 0  # policy version the engine holds
     rollout_tokens: int = 0
     train_tokens: int = 0

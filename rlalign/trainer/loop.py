@@ -7,20 +7,25 @@ prompts -> allocate -> rollout -> reward -> credit -> loss -> optimizer step -> 
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
 from contextlib import closing
 from typing import Any
 
 from rlalign.errors import RlalignError
+from rlalign.rollout.engine import WeightsLost
 from rlalign.tracking.rundir import package_versions
 from rlalign.trainer import record
-from rlalign.trainer.ahead import RolloutsAhead
+from rlalign.trainer.ahead import MAX_RESENDS, RolloutsAhead
 from rlalign.trainer.batch import check_versions, make_train_batch, oldest_version
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
 from rlalign.trainer.job import Job, Progress
 from rlalign.trainer.publish import check_engine, publish
 from rlalign.trainer.schedule import lr_schedule
 from rlalign.trainer.update import UpdateResult, prepare, sequence_logp, update
+
+log = logging.getLogger(__name__)
 
 
 class TrainingStopped(RlalignError):
@@ -34,7 +39,8 @@ def run(job: Job) -> dict[str, Any]:
     publish_weights(job, progress.version)
     if job.eval_prompts and not progress.eval_before:
         progress.eval_before = evaluate(job).metrics
-    with closing(RolloutsAhead(job)) as rollouts:
+    again = functools.partial(publish_again, job)
+    with closing(RolloutsAhead(job, again)) as rollouts:
         while progress.step < config.trainer.max_steps:
             figures, rows = train_step(job, rollouts)
             progress.step += 1
@@ -70,7 +76,7 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
     groups, scores = collected.groups, collected.all_scores()
     oldest = max(0, progress.version - config.rollout.max_lag)
     check_versions(groups, set(range(oldest, progress.version + 1)))
-    progress.cursor = drawn.cursor
+    progress.cursor, progress.carried = drawn.cursor, drawn.carried
     progress.rollout_tokens += drawn.generated_tokens
 
     marks = [time.perf_counter()]
@@ -86,7 +92,7 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
     figures = record.sample_metrics(groups, scores, batch, config.algo)
     lag = progress.version - oldest_version(groups, progress.version)
     figures |= record.update_metrics(updated, lr, progress.version, lag)
-    rollouts.settle()
+    rollouts.before_update()
     marks.append(time.perf_counter())
     if updated.optimizer_steps:
         progress.version += 1
@@ -104,6 +110,8 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
     }
     if config.rollout.max_lag:
         times_s["wait"] = rollouts.waited_s - waited_s
+    if config.rollout.oversample > 1:
+        figures["sampling/carried_groups"] = float(len(drawn.carried))
     figures |= record.time_metrics(times_s, collected.generated_tokens, updated.train_tokens)
     figures |= record.memory_metrics()
     figures |= drawn.figures
@@ -112,8 +120,17 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
 
 def publish_weights(job: Job, version: int) -> float:
     """Hand the current weights to the engine and compare both sides; returns the largest
-    difference of the check sequence's log-probs, nats."""
+    difference of the check sequence's log-probs, nats. Again for an engine that died over it."""
     job.stage(f"publishing policy version {version}")
+    for _ in range(MAX_RESENDS):
+        try:
+            return _publish_once(job, version)
+        except WeightsLost as error:
+            log.warning("%s", error)
+    raise WeightsLost(f"the engine lost version {version} {MAX_RESENDS} times in a row")
+
+
+def _publish_once(job: Job, version: int) -> float:
     with job.engine.full_parameters():
         publish(job.rollout, job.rollout_weights(), version)
     logp = sequence_logp(job.engine, job.check_sequence)
@@ -123,12 +140,22 @@ def publish_weights(job: Job, version: int) -> float:
         )
 
 
+def publish_again(job: Job) -> None:
+    """After the engine lost its weights."""
+    publish_weights(job, job.progress.version)
+
+
 def evaluate(job: Job) -> EvalResult:
     """Figures of the current policy on the held-out prompts."""
     prompts = list(job.eval_prompts or ())
     job.stage(f"evaluation on {len(prompts)} held-out prompts")
     with job.sampling():
-        return run_evaluation(job.rollout, job.scorer, prompts, job.config, job.world)
+        try:
+            return run_evaluation(job.rollout, job.scorer, prompts, job.config, job.world)
+        except WeightsLost as error:
+            log.warning("%s", error)
+            publish_again(job)
+            return run_evaluation(job.rollout, job.scorer, prompts, job.config, job.world)
 
 
 def count_skipped(progress: Progress, updated: UpdateResult) -> None:

@@ -17,7 +17,7 @@ import pytest
 import rlalign
 from rlalign.config import ConfigError
 from rlalign.models.random import write_random_model
-from rlalign.rollout.engine import EngineError
+from rlalign.rollout.engine import EngineError, WeightsLost
 from rlalign.trainer import ahead
 from rlalign.trainer.ahead import Drawn, RolloutsAhead
 from rlalign.trainer.collect import Collected
@@ -27,28 +27,39 @@ from tests.support import tiny_config
 # --- scripted draws ------------------------------------------------------------------------------
 
 
-def scripted(monkeypatch, max_lag: int, max_steps: int = 5, fail_at: int = -1):
-    """A job whose draws take two prompts each and note (step, cursor, thread)."""
+def scripted(monkeypatch, max_lag: int, fail_at: int = -1, errors: list[Exception] | None = None):
+    """A job of 5 steps whose draws take two prompts each and note (step, cursor, thread); that of
+    step `fail_at` raises `errors`, one after the other."""
+    errors = [EngineError("the engine is gone")] if errors is None else errors
     calls: list[tuple[int, int, str]] = []
 
-    def draw(job: Any, step: int, cursor: int) -> Drawn:
-        calls.append((step, cursor, threading.current_thread().name))
-        if step == fail_at:
-            raise EngineError("the engine is gone")
-        return Drawn(Collected(), {"step": float(step)}, cursor + 2, 7)
+    def draw(job: Any, step: int, source: Any) -> Drawn:
+        calls.append((step, source.cursor, threading.current_thread().name))
+        source.cursor += 2
+        if step == fail_at and errors:
+            raise errors.pop(0)
+        return Drawn(Collected(), {"step": float(step)}, source.cursor, [], 7)
 
     monkeypatch.setattr(ahead, "draw", draw)
     config = SimpleNamespace(
-        rollout=SimpleNamespace(max_lag=max_lag), trainer=SimpleNamespace(max_steps=max_steps)
+        rollout=SimpleNamespace(
+            max_lag=max_lag, oversample=1.0, server=SimpleNamespace(in_flight="wait")
+        ),
+        trainer=SimpleNamespace(max_steps=5),
     )
     progress = SimpleNamespace(step=0, cursor=0)
-    return SimpleNamespace(config=config, progress=progress, stage=lambda text: None), calls
+    parts = {"rollout": None, "progress": progress, "stage": lambda text: None}
+    return SimpleNamespace(config=config, **parts), calls
+
+
+def never() -> None:
+    raise AssertionError("no weights were lost")
 
 
 @pytest.mark.parametrize("max_lag", [0, 1, 3, 9])
 def test_every_step_gets_its_batch_once_and_none_is_drawn_beyond_the_last(monkeypatch, max_lag):
     job, calls = scripted(monkeypatch, max_lag)
-    rollouts = RolloutsAhead(job)
+    rollouts = RolloutsAhead(job, never)
     for step in range(5):
         drawn = rollouts.take()
         assert (drawn.figures["step"], drawn.cursor) == (step, 2 * step + 2)
@@ -64,7 +75,7 @@ def test_every_step_gets_its_batch_once_and_none_is_drawn_beyond_the_last(monkey
 def test_a_resumed_run_draws_from_where_its_checkpoint_stands(monkeypatch):
     job, calls = scripted(monkeypatch, max_lag=2)
     job.progress.step, job.progress.cursor = 3, 6
-    rollouts = RolloutsAhead(job)
+    rollouts = RolloutsAhead(job, never)
     assert rollouts.take().figures["step"] == 3
     rollouts.settle()
     rollouts.close()
@@ -73,9 +84,40 @@ def test_a_resumed_run_draws_from_where_its_checkpoint_stands(monkeypatch):
 
 def test_a_draw_that_fails_ends_the_step_that_needs_it_with_its_words(monkeypatch):
     job, _ = scripted(monkeypatch, max_lag=1, fail_at=1)
-    rollouts = RolloutsAhead(job)
+    rollouts = RolloutsAhead(job, never)
     rollouts.take()
     with pytest.raises(EngineError, match="the engine is gone"):
+        rollouts.take()
+    rollouts.close()
+
+
+@pytest.mark.parametrize("max_lag", [0, 1, 3])
+@pytest.mark.parametrize("fail_at", [0, 2, 4])
+def test_a_draw_whose_weights_were_lost_is_done_again_under_the_trainers(
+    monkeypatch, max_lag, fail_at
+):
+    losses: list[Exception] = [WeightsLost("they died"), WeightsLost("again")]
+    job, calls = scripted(monkeypatch, max_lag, fail_at, losses)
+    published: list[int] = []
+    rollouts = RolloutsAhead(job, lambda: published.append(job.progress.step))
+    for step in range(5):
+        drawn = rollouts.take()
+        assert (drawn.figures["step"], drawn.cursor) == (step, 2 * step + 2)
+        job.progress.step += 1
+        rollouts.before_update()
+    rollouts.close()
+    # By the step that needs the draw; with more ahead, those behind it fail and ask too.
+    assert published == [fail_at] * 2
+    assert sorted(call[:2] for call in calls if call[0] != fail_at) == [
+        (n, 2 * n) for n in range(5) if n != fail_at
+    ]
+    assert [call[:2] for call in calls if call[0] == fail_at] == [(fail_at, 2 * fail_at)] * 3
+
+
+def test_weights_that_are_lost_again_and_again_end_the_run(monkeypatch):
+    job, _ = scripted(monkeypatch, 1, 0, [WeightsLost("they died") for _ in range(9)])
+    rollouts = RolloutsAhead(job, lambda: None)
+    with pytest.raises(WeightsLost, match="3 times in a row"):
         rollouts.take()
     rollouts.close()
 
@@ -84,7 +126,7 @@ def test_the_trainers_idle_time_is_measured(monkeypatch):
     job, _ = scripted(monkeypatch, max_lag=1)
     quick = ahead.draw
     monkeypatch.setattr(ahead, "draw", lambda *args: time.sleep(0.2) or quick(*args))
-    rollouts = RolloutsAhead(job)
+    rollouts = RolloutsAhead(job, never)
     rollouts.take()
     first = rollouts.waited_s
     assert first >= 0.2
@@ -159,6 +201,46 @@ class TestServed:
         for step in range(1, 7):
             texts = [[row["completion"] for row in samples_of(r, step)] for r in (result, local)]
             assert texts[0] == texts[1]
+
+    def test_kept_sequences_train_with_tokens_of_two_versions(self, served):
+        """The trainer does not wait for the batch that is being drawn."""
+        settings = [
+            "rollout.max_lag=1", "rollout.server.in_flight=keep", "trainer.max_steps=12",
+            "rollout.max_completion_length=40",
+        ]  # fmt: skip
+        result, rows = train(*served, "kept", *settings)
+        assert max(row["policy/lag_max"] for row in rows) == 1
+        both = 0
+        for step in range(1, 13):
+            for sample in samples_of(result, step):
+                assert set(sample["versions"]) <= {step - 2, step - 1}
+                both += len(set(sample["versions"])) == 2
+        assert both
+
+    @pytest.mark.parametrize("max_lag", [1, 2])
+    def test_groups_that_are_carried_over_are_no_older_than_max_lag(self, served, max_lag):
+        settings = [
+            f"rollout.max_lag={max_lag}", "rollout.oversample=2", "trainer.max_steps=12",
+            "rollout.server.in_flight=keep", "rollout.max_completion_length=40",
+        ]  # fmt: skip
+        result, rows = train(*served, f"carried {max_lag}", *settings)
+        carried = [row["sampling/carried_groups"] for row in rows]
+        assert max(carried) > 0
+        for step in range(1, 13):
+            for sample in samples_of(result, step):
+                assert step - 1 - max_lag <= min(sample["versions"])
+
+    def test_a_run_whose_engine_dies_with_its_weights_goes_on(self, served):
+        folder, server = served
+        restarts = server.state()["restarts"]
+        killer = threading.Timer(2.0, server.kill_engine)
+        killer.start()
+        settings = ["rollout.server.channel=ipc", "rollout.max_lag=1", "trainer.max_steps=150"]
+        _, rows = train(folder, server, "killed", *settings)
+        killer.join()
+        assert server.state()["restarts"] == restarts + 1
+        assert [row["step"] for row in rows] == list(range(1, 151))
+        assert max(row["policy/lag_max"] for row in rows) == 1
 
     def test_a_resumed_run_goes_on_with_the_prompts_that_come_next(self, served):
         folder, server = served

@@ -12,9 +12,11 @@ from typing import Any
 from starlette.requests import Request
 
 from rlalign.rollout.channels.files import ADAPTER_CONFIG
+from rlalign.rollout.engine import WeightsLost
 from rlalign.rollout.server.bodies import WeightsBody
 from rlalign.rollout.server.doors import TooLarge
 from rlalign.rollout.server.engine_host import EngineHost
+from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Job, JobTable
 from rlalign.rollout.server.sequences import Refused
 from rlalign.rollout.vllm_weights import ADAPTER_FILE
@@ -74,9 +76,11 @@ class WeightRoutes:
             host, lora = self._host, job.kind == "lora"
             update = host.update_adapter if lora else host.update_weights
             digest = await update(job.id, source, body.version, body.in_flight)
-        except BaseException:
+        except BaseException as error:
             if folder is not None:
                 shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, EngineLost) and not self._host.failure:  # another is on its way
+                raise WeightsLost(f"{error}: send them again") from error
             raise
         self._jobs.renew(job.id)  # or it is over, and what it left is about to go
         job.version = PolicyVersion(body.version, digest)
