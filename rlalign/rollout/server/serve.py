@@ -26,7 +26,7 @@ from rlalign.models.load import resolve_model_path
 from rlalign.rollout.server.app import RolloutServer
 from rlalign.rollout.server.connection import (
     connection_path,
-    refuse_if_taken,
+    sole_server,
     write_connection,
 )
 from rlalign.rollout.server.doors import make_tokens
@@ -47,12 +47,12 @@ def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = No
     """Serve `config.model` until SIGINT or SIGTERM; `on_ready` is told the URL and the connection
     file once requests are taken.
 
-    Raises ConfigError for an address that others can reach, and EngineLost where the engine cannot
-    start.
+    Raises ConfigError for an address that others can reach, ConnectionFileError where another
+    server has the name, and EngineLost where the engine cannot start.
     """
     _check_address(config)
-    refuse_if_taken(connection_path(config.name))
     with contextlib.ExitStack() as stack:
+        stack.enter_context(sole_server(connection_path(config.name)))
         listener = stack.enter_context(_listen(config))
         spool = Path(stack.enter_context(_spool()))
         asyncio.run(_run(config, listener, spool, on_ready))
