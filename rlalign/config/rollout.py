@@ -63,6 +63,8 @@ class ServeConfig:
     allow_plain_http: bool = option(
         False, "Listen on an address that others can reach, without TLS: tokens can be read."
     )
+    tls_certificate: str | None = option(None, "PEM file; with tls_key, the server speaks HTTPS.")
+    tls_key: str | None = option(None, "PEM file of the certificate's key, without a passphrase.")
     dtype: str = option(
         "float32", "Of weights and activations.", choices=("float32", "bfloat16", "float16")
     )

@@ -25,6 +25,7 @@ from rlalign.config.schema import ServerConfig
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.server.connection import ConnectionFileError, connection_path, read_connection
+from rlalign.rollout.server.tls import trust
 from rlalign.rollout.vllm_weights import ADAPTER_FILE, ADAPTER_PREFIX
 from rlalign.types import (
     FINISH_ABORT,
@@ -64,6 +65,7 @@ class RolloutClient:
             base_url=connection["url"],
             headers={"Authorization": f"Bearer {connection['tokens']['job']}"},
             timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
+            verify=trust(connection),
             trust_env=False,  # a proxy has no business with a token
         )
         self._closed = threading.Event()

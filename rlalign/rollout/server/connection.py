@@ -46,12 +46,18 @@ def sole_server(path: Path):
         yield
 
 
-def write_connection(path: Path, url: str, tokens: Mapping[str, str]) -> None:
-    """Where the server is and how to get in, readable by its owner alone."""
+def write_connection(
+    path: Path, url: str, tokens: Mapping[str, str], certificate: str | None = None
+) -> None:
+    """Where the server is and how to get in, readable by its owner alone; with TLS, also the
+    certificate by which it is known."""
+    content = {"url": url, "tokens": dict(tokens), "pid": os.getpid()}
+    if certificate is not None:
+        content["certificate"] = certificate
     temporary = path.with_suffix(f".{os.getpid()}")
     descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
     with os.fdopen(descriptor, "w") as file:
-        json.dump({"url": url, "tokens": dict(tokens), "pid": os.getpid()}, file)
+        json.dump(content, file)
     temporary.replace(path)
 
 

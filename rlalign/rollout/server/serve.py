@@ -32,6 +32,7 @@ from rlalign.rollout.server.connection import (
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.texts import Texts
+from rlalign.rollout.server.tls import Tls, load_tls
 from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
@@ -47,20 +48,23 @@ def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = No
     """Serve `config.model` until SIGINT or SIGTERM; `on_ready` is told the URL and the connection
     file once requests are taken.
 
-    Raises ConfigError for an address that others can reach, ConnectionFileError where another
-    server has the name, and EngineLost where the engine cannot start.
+    Raises ConfigError for an address that others can reach without TLS and for a certificate that
+    cannot be used, ConnectionFileError where another server has the name, and EngineLost where the
+    engine cannot start.
     """
-    _check_address(config)
+    tls = load_tls(config.tls_certificate, config.tls_key)
+    _check_address(config, tls)
     with contextlib.ExitStack() as stack:
         stack.enter_context(sole_server(connection_path(config.name)))
         listener = stack.enter_context(_listen(config))
         spool = Path(stack.enter_context(_spool()))
-        asyncio.run(_run(config, listener, spool, on_ready))
+        asyncio.run(_run(config, listener, tls, spool, on_ready))
 
 
 async def _run(
     config: ServeConfig,
     listener: socket.socket,
+    tls: Tls | None,
     spool: Path,
     on_ready: Callable[[str, Path], None] | None,
 ) -> None:
@@ -88,7 +92,9 @@ async def _run(
         await asyncio.wait((stopped, started), return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             started.result()
-            await _listen_until_stopped(config, host, texts, listener, spool, stopped, on_ready)
+            await _listen_until_stopped(
+                config, host, texts, listener, tls, spool, stopped, on_ready
+            )
     finally:
         texts.close()
         started.cancel()
@@ -101,6 +107,7 @@ async def _listen_until_stopped(
     host: EngineHost,
     texts: Texts,
     listener: socket.socket,
+    tls: Tls | None,
     spool: Path,
     stopped: asyncio.Task[Any],
     on_ready: Callable[[str, Path], None] | None,
@@ -115,6 +122,7 @@ async def _listen_until_stopped(
         uvicorn.Config(
             rollouts.asgi(tokens, config.max_body_mib * 2**20),
             http=HttpProtocol,
+            ssl_context_factory=tls and (lambda *_: tls.context),
             ws="none",
             log_level="warning",
             access_log=False,
@@ -125,9 +133,10 @@ async def _listen_until_stopped(
     stopped.add_done_callback(server.stop)
     closing = asyncio.create_task(_close_after(stopped, rollouts))
     address, port = listener.getsockname()[:2]
-    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    scheme, certificate = ("http", None) if tls is None else ("https", tls.certificate)
+    url = f"{scheme}://{f'[{address}]' if ':' in address else address}:{port}"
     listener.listen(BACKLOG)  # before anybody can read where
-    write_connection(path, url, tokens)
+    write_connection(path, url, tokens, certificate)
     try:
         if on_ready is not None:
             on_ready(url, path)
@@ -155,16 +164,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _check_address(config: ServeConfig) -> None:
+def _check_address(config: ServeConfig, tls: Tls | None) -> None:
     try:
         loopback = ipaddress.ip_address(config.host).is_loopback
     except ValueError:
         raise ConfigError(f"host = {config.host!r} is no IP address; use 127.0.0.1") from None
-    if not loopback and not config.allow_plain_http:
+    if not loopback and tls is None and not config.allow_plain_http:
         raise ConfigError(
-            f"host = {config.host!r} can be reached by others, and this server speaks plain HTTP: "
-            "whoever listens reads the tokens. Use 127.0.0.1 and a tunnel or a proxy with TLS, or "
-            "set allow_plain_http=true where the network is yours"
+            f"host = {config.host!r} can be reached by others, and plain HTTP lets whoever listens "
+            "read the tokens. Give tls_certificate and tls_key, use 127.0.0.1 and a tunnel, or set "
+            "allow_plain_http=true where the network is yours"
         )
 
 
