@@ -149,14 +149,18 @@ class World:
         }
         return asyncio.create_task(self.http.post(f"/v1/jobs/{job}/draw", json=body))
 
-    async def call(self, method: str, path: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
-        """One request whose client sends `messages` (and is then silent); what it was sent."""
+    async def call(
+        self, method: str, path: str, *messages: dict[str, Any], leave: asyncio.Event | None = None
+    ) -> list[dict[str, Any]]:
+        """One request whose client sends `messages`, and is then silent or goes when it shall
+        `leave`; what it was sent."""
         sent, waiting = [], list(messages)
 
         async def receive() -> dict[str, Any]:
             if waiting:
                 return waiting.pop(0)
-            return await asyncio.Future()
+            await (leave or asyncio.Event()).wait()
+            return GONE
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from rlalign.config import ServeConfig
+from rlalign.rollout.server import serve
 from rlalign.rollout.server.connection import ConnectionFileError, sole_server, write_connection
 
 CONTEND = """
@@ -86,3 +89,17 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "server.json.lock").symlink_to(tmp_path / "file")
     with pytest.raises(ConnectionFileError, match=r"server.json.lock cannot be locked"):
         take(tmp_path / "server.json")
+
+
+def test_a_client_whose_machine_is_gone_is_noticed_within_a_minute():
+    with serve._listen(ServeConfig("model")) as listener:
+        listener.listen()
+        with socket.create_connection(listener.getsockname()):
+            accepted, _ = listener.accept()
+            with accepted:
+                idle, between, count = (
+                    accepted.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}"))
+                    for name in ("IDLE", "INTVL", "CNT")
+                )
+                assert accepted.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                assert idle + between * count <= 60

@@ -152,6 +152,30 @@ def test_lora_jobs_share_the_server_up_to_its_places_and_never_with_a_full_one()
         JobTable().acquire("f", "lora")
 
 
+def test_leases_are_given_in_the_order_in_which_they_were_asked_for():
+    """The full job waits for the first LoRA job alone, however many come after it."""
+    table = JobTable(max_loras=3)
+    first = table.acquire("first", "lora")
+    full, lora = table.line_up("full"), table.line_up("lora")
+    with pytest.raises(Busy, match="job 'first' has the server's weights"):
+        table.acquire("full", "full", place=full)
+    for newcomer in (lora, None):  # there is room for them
+        with pytest.raises(Busy, match="job 'full' asked before"):
+            table.acquire("lora", "lora", place=newcomer)
+    table.free(table.release(first.id))
+    with pytest.raises(Busy, match="job 'full' asked before"):
+        table.acquire("lora", "lora", place=lora)
+    job = table.acquire("full", "full", place=full)
+    table.leave(full)
+    with pytest.raises(Busy, match="job 'full' has the server's weights"):
+        table.acquire("lora", "lora", place=lora)
+    table.free(table.release(job.id))
+    with pytest.raises(Busy, match="job 'lora' asked before"):
+        table.acquire("newcomer", "lora")
+    table.leave(lora)  # it waits no longer
+    assert table.acquire("newcomer", "lora").name == "newcomer"
+
+
 @pytest.mark.parametrize("change", [{"name": ""}, {"kind": "half"}, {"ttl_s": 0.0}, {"ttl_s": 1e9}])
 def test_a_lease_that_makes_no_sense_is_refused(change):
     with pytest.raises(JobError):

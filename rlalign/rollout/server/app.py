@@ -61,7 +61,7 @@ class RolloutServer:
         self._jobs = JobTable(self._describe["max_loras"])
         self._metrics = Metrics(host, self._jobs)
         self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()  # another one each time
         self._endings: set[asyncio.Task[None]] = set()  # of jobs whose lease ran out
         self._numbers = itertools.count()  # of folders that were taken in
         self.probe = secrets.token_hex(16)
@@ -95,7 +95,7 @@ class RolloutServer:
     async def close(self) -> None:
         """Tell everybody who waits that the server is shutting down."""
         await self._host.close()
-        await self._notify()
+        self._notify()
 
     # --- routes ----------------------------------------------------------------------------------
 
@@ -237,21 +237,25 @@ class RolloutServer:
             yield _encoded({"error": str(error)})
 
     async def _acquire(self, body: AcquireBody) -> Job:
-        """Wait for the lease as long as the client wants to."""
+        """Wait for the lease as long as the client wants to, behind those who asked before."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + body.wait_s
-        while True:
-            if self._host.failure:
-                raise EngineLost(self._host.failure)
-            try:
-                return self._jobs.acquire(body.name, body.kind, body.ttl_s)
-            except Busy:
-                left = deadline - loop.time()
-                if left <= 0:
-                    raise
-            with contextlib.suppress(TimeoutError):
-                async with self._freed, asyncio.timeout(left):
-                    await self._freed.wait()
+        deadline, place = loop.time() + body.wait_s, self._jobs.line_up(body.name)
+        try:
+            while True:
+                if self._host.failure:
+                    raise EngineLost(self._host.failure)
+                try:
+                    return self._jobs.acquire(body.name, body.kind, body.ttl_s, place)
+                except Busy:
+                    left = deadline - loop.time()
+                    if left <= 0:
+                        raise
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._freed.wait()
+        finally:
+            self._jobs.leave(place)
+            self._notify()  # the next in line may be lucky
 
     async def _end(self, job: Job) -> None:
         """What a job leaves behind goes; the engine is back on its own weights before the next."""
@@ -264,11 +268,12 @@ class RolloutServer:
         finally:
             shutil.rmtree(self._spool / job.id, ignore_errors=True)
             self._jobs.free(job)
-            await self._notify()
+            self._notify()
 
-    async def _notify(self) -> None:
-        async with self._freed:
-            self._freed.notify_all()
+    def _notify(self) -> None:
+        """Have those who wait for a lease look again."""
+        self._freed.set()
+        self._freed = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any):
