@@ -49,6 +49,9 @@ class ServerConfig:
         0.0, "How long to wait for another job's lease to end, seconds.", ge=0, le=86400
     )
     timeout_s: float = option(3600.0, "Deadline of one batch of rollouts, seconds.", gt=0)
+    priority: float = option(
+        1.0, "Twice another job's: twice its tokens while both wait.", ge=0.001, le=1000
+    )
 
 
 @dataclass
@@ -72,6 +75,12 @@ class ServeConfig:
     max_len: int = option(2048, "Longest sequence, prompt and completion, tokens.", ge=2)
     num_threads: int = option(0, "Threads of the engine on a CPU; 0: torch's own.", ge=0)
     start_timeout_s: float = option(600.0, "Deadline of the engine's start, seconds.", gt=0)
+    max_queued: int = option(131072, "Sequences of one job that wait or run.", ge=1)
+    max_in_flight: int | None = option(
+        None,
+        "Sequences of one job in the engine at a time; below vllm.max_num_seqs, others find room.",
+        ge=1,
+    )
     max_body_mib: int = option(64, "Largest request.", ge=1)
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
 

@@ -79,7 +79,10 @@ class RolloutClient:
             adapter_only=adapter is not None,
         )
         kind = "full" if adapter is None else "lora"
-        body = {"name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s}
+        body = {
+            "name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s,
+            "priority": cfg.priority,
+        }  # fmt: skip
         lease = self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
         self._job = f"/v1/jobs/{lease['id']}"
         self._spool = _shared_folder(lease)

@@ -15,6 +15,7 @@ from rlalign.rollout.server import engine_host
 from rlalign.rollout.server.app import RolloutServer
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.engine_process import EngineLost
+from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.texts import Texts
 
 TOKENS = {"generate": "g", "job": "j", "admin": "a"}
@@ -106,10 +107,12 @@ class Plan:
 class World:
     """A server over such an engine, and a client."""
 
-    def __init__(self, spool: Path, monkeypatch: Any, max_loras: int = 0, slots: int = 8) -> None:
+    def __init__(
+        self, spool: Path, monkeypatch: Any, max_loras: int = 0, slots: int = 8, **quotas: int
+    ) -> None:
         self.plan, self.spool = Plan(), spool
         monkeypatch.setattr(engine_host, "EngineProcess", lambda: FakeProcess(self.plan))
-        self.host = EngineHost({}, slots=slots, start_timeout_s=5)
+        self.host = EngineHost({}, slots=slots, start_timeout_s=5, quotas=Quotas(**quotas))
         self.texts = Texts(str(spool))  # no tokenizer there: these tests need none
         described = {"model": "fake", "max_loras": max_loras}
         self.server = RolloutServer(self.host, spool, self.texts, described)

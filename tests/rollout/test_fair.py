@@ -92,6 +92,32 @@ def test_what_was_never_served_is_not_paid_for():
     assert {queue.pop()[0] for _ in range(2)} == {"a", "b"}
 
 
+def test_a_job_that_is_full_is_passed_over_and_has_no_arrears_after_it():
+    queue: FairQueue = FairQueue()
+    for job in ("full", "free"):
+        for _ in range(100):
+            queue.push(job, (job, 10), 10)
+    assert {queue.pop({"full"})[0] for _ in range(50)} == {"free"}
+    turns = [queue.pop()[0] for _ in range(20)]
+    assert turns.count("full") in (10, 11)
+    with pytest.raises(IndexError, match="nothing waits"):
+        queue.pop({"full", "free"})
+
+
+def test_a_newcomer_beside_a_job_that_was_full_does_not_starve_the_others():
+    queue: FairQueue = FairQueue()
+    for job in ("full", "free"):
+        for _ in range(300):
+            queue.push(job, (job, 10), 10)
+    for _ in range(200):
+        queue.pop({"full"})
+    queue.pop()
+    for _ in range(100):
+        queue.push("new", ("new", 10), 10)
+    turns = Counter(queue.pop()[0] for _ in range(30))
+    assert all(9 <= turns[job] <= 11 for job in ("full", "free", "new"))
+
+
 class Clock:
     now = 100.0
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,20 +18,6 @@ SOON_S = 3.0
 
 def lines(answer: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines() if line]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch):
-    """Runs a scenario against a server of its own; one that hangs is a failure."""
-
-    def scenario(story: Callable[[World], Awaitable[None]], **options: Any) -> None:
-        async def play() -> None:
-            async with asyncio.timeout(15), World(tmp_path, monkeypatch, **options).running() as w:
-                await story(w)
-
-        asyncio.run(play())
-
-    return scenario
 
 
 async def until(condition: Callable[[], Any]) -> None:

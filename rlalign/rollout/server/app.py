@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import json
 import secrets
@@ -111,6 +112,7 @@ class RolloutServer:
             "max_len": self._host.limits.get("max_len"),
             "waiting": len(self._host.queue),
             "in_flight": self._host.in_flight,
+            **dataclasses.asdict(self._host.quotas),
             "generated_tokens": self._host.counters.total.generated_tokens,
             "alive": self._host.alive,
             "restarts": self._host.counters.restarts,
@@ -121,6 +123,7 @@ class RolloutServer:
     async def acquire(self, request: Request) -> Any:
         body = AcquireBody.model_validate_json(await request.body())
         job = await unless_gone(request, self._acquire(body))
+        self._host.queue.set_weight(job.id, job.priority)
         try:
             if await request.is_disconnected():  # it left as the lease came
                 raise ClientDisconnect
@@ -163,12 +166,13 @@ class RolloutServer:
         limits.check_params(SamplingParams(**params))
         for i, item in enumerate(body.requests):
             limits.check_ids(item.ids, body.params.max_completion_length, f"request {i}")
-        sequences = {}
+        wishes, places = [], []
         for i, item in enumerate(body.requests):
             for j, seed in enumerate(item.seeds):
                 message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": params}
-                cost = len(item.ids) + body.params.max_completion_length
-                sequences[self._host.submit(job.id, message, cost)] = (i, j)
+                wishes.append((message, len(item.ids) + body.params.max_completion_length))
+                places.append((i, j))
+        sequences = dict(zip(self._host.submit(job.id, wishes), places, strict=True))
         return Stream(self._lines(sequences), lambda: self._host.cancel(sequences))
 
     async def score(self, request: Request) -> Any:
@@ -177,11 +181,8 @@ class RolloutServer:
         limits = Limits(**_limits(self._host))
         for i, ids in enumerate(body.sequences):
             limits.check_ids(ids, 0, f"sequence {i}")
-        sequences = [
-            self._host.submit(job.id, {"kind": "score", "ids": ids}, len(ids))
-            for ids in body.sequences
-            if len(ids) > 1
-        ]
+        wishes = [({"kind": "score", "ids": i}, len(i)) for i in body.sequences if len(i) > 1]
+        sequences = self._host.submit(job.id, wishes)
         try:
             results = iter(await unless_gone(request, _scores(sequences)))
         finally:
@@ -190,8 +191,11 @@ class RolloutServer:
 
     def _described(self, job: Job) -> dict[str, Any]:
         tally = self._host.counters.by_job.get(job.id, Tally())
-        tokens, left_s = tally.generated_tokens, self._jobs.left_s(job)
-        return {**_public(job), "generated_tokens": tokens, "left_s": round(left_s, 1)}
+        waiting, in_flight = self._host.load(job.id)
+        return {
+            **_public(job), "generated_tokens": tally.generated_tokens, "waiting": waiting,
+            "in_flight": in_flight, "left_s": round(self._jobs.left_s(job), 1),
+        }  # fmt: skip
 
     # --- what they stand on ----------------------------------------------------------------------
 
@@ -245,7 +249,7 @@ class RolloutServer:
                 if self._host.failure:
                     raise EngineLost(self._host.failure)
                 try:
-                    return self._jobs.acquire(body.name, body.kind, body.ttl_s, place)
+                    return self._jobs.acquire(**body.model_dump(exclude={"wait_s"}), place=place)
                 except Busy:
                     left = deadline - loop.time()
                     if left <= 0:
@@ -320,7 +324,7 @@ def _registered(routes: list[Route], method: str, path: str) -> str | None:
 def _public(job: Job) -> dict[str, Any]:
     return {
         "id": job.id, "name": job.name, "kind": job.kind, "ttl_s": job.ttl_s,
-        "version": job.version.version, "digest": job.version.digest,
+        "priority": job.priority, "version": job.version.version, "digest": job.version.digest,
     }  # fmt: skip
 
 

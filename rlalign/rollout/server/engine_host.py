@@ -20,6 +20,7 @@ from typing import Any
 
 from rlalign.rollout.server.engine_process import EngineLost, EngineProcess
 from rlalign.rollout.server.fair import FairQueue
+from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.sequences import Counters, Refused, Sequence, Tally, Update
 
 log = logging.getLogger(__name__)
@@ -37,8 +38,11 @@ class EngineHost:
     the others wait here, where jobs take turns. All methods belong to one event loop.
     """
 
-    def __init__(self, setup: dict[str, Any], *, slots: int, start_timeout_s: float) -> None:
+    def __init__(
+        self, setup: dict[str, Any], *, slots: int, start_timeout_s: float, quotas: Quotas
+    ) -> None:
         self._setup, self._slots, self._start_timeout_s = setup, slots, start_timeout_s
+        self.quotas = quotas
         self.queue: FairQueue[Sequence] = FairQueue()
         self.counters = Counters()
         self.update: Update | None = None  # None: the model folder's own weights
@@ -68,15 +72,23 @@ class EngineHost:
     def alive(self) -> bool:
         return self._up.is_set() and not self.failure
 
-    def submit(self, job: str, message: dict[str, Any], tokens: int) -> Sequence:
-        """Queue one sequence; its result comes through `Sequence.result`: the engine's `done`
-        message, Refused or EngineLost."""
+    def load(self, job: str) -> tuple[int, int]:
+        """How many sequences of a job wait, and how many are in the engine."""
+        return self.queue.waiting(job), sum(s.job == job for s in self._in_flight.values())
+
+    def submit(self, job: str, wishes: list[tuple[dict[str, Any], int]]) -> list[Sequence]:
+        """Queue a sequence for each message and the tokens it may cost. Its result comes through
+        `Sequence.result`: the engine's `done` message, Refused or EngineLost. Raises TooMany, and
+        queues none."""
         if self.failure:
             raise EngineLost(self.failure)
-        sequence = Sequence(job, message, tokens, asyncio.get_running_loop().create_future())
-        self.queue.push(job, sequence, tokens)
+        self.quotas.admit(sum(self.load(job)), len(wishes))
+        result = asyncio.get_running_loop().create_future
+        sequences = [Sequence(job, message, tokens, result()) for message, tokens in wishes]
+        for sequence in sequences:
+            self.queue.push(job, sequence, sequence.tokens)
         self._pump()
-        return sequence
+        return sequences
 
     def oldest(self, job: str) -> int:
         """The number of the job's oldest sequence in the engine, or of the next one."""
@@ -113,8 +125,11 @@ class EngineHost:
 
     def _pump(self) -> None:
         open_ = self._up.is_set() and not self._holds
-        while open_ and len(self.queue) and len(self._in_flight) < self._slots:
-            sequence = self.queue.pop()
+        while open_ and len(self._in_flight) < self._slots:
+            full = self.quotas.full(s.job for s in self._in_flight.values())
+            if self.queue.next_job(full) is None:
+                break
+            sequence = self.queue.pop(full)
             sequence.number, self.next_number = self.next_number, self.next_number + 1
             sequence.attempts += 1
             self._in_flight[sequence.number] = sequence

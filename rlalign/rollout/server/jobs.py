@@ -39,6 +39,7 @@ class Job:
     name: str
     kind: str
     ttl_s: float
+    priority: float
     expires: float  # of the table's clock
     version: PolicyVersion = field(default_factory=lambda: PolicyVersion(0, ""))
     folder: Path | None = None  # of that version
@@ -75,7 +76,12 @@ class JobTable:
         self._line.remove(place)
 
     def acquire(
-        self, name: str, kind: str = "full", ttl_s: float = 60.0, place: Place | None = None
+        self,
+        name: str,
+        kind: str = "full",
+        ttl_s: float = 60.0,
+        priority: float = 1.0,
+        place: Place | None = None,
     ) -> Job:
         """A new lease, for who stands at `place` or has just come. Raises Busy where others have
         what it wants or asked before, JobError for arguments that make no sense."""
@@ -98,7 +104,7 @@ class JobTable:
                 f"job {self._line[0].name!r} asked before and waits for its lease: wait too "
                 "(rollout.server.wait_s), or use another server"
             )
-        job = Job(secrets.token_hex(8), name, kind, ttl_s, self._clock() + ttl_s)
+        job = Job(secrets.token_hex(8), name, kind, ttl_s, priority, self._clock() + ttl_s)
         self._jobs[job.id] = job
         self.names[job.id] = name
         return job

@@ -31,6 +31,7 @@ from rlalign.rollout.server.connection import (
 )
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
+from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.texts import Texts
 from rlalign.rollout.server.tls import Tls, load_tls
 from rlalign.rollout.server.wire import HttpProtocol
@@ -82,7 +83,8 @@ async def _run(
     }
     # Twice what runs together, so that a sequence is at hand when another one ends.
     slots = 2 * config.vllm.max_num_seqs
-    host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s)
+    quotas = Quotas(config.max_queued, config.max_in_flight)
+    host = EngineHost(setup, slots=slots, start_timeout_s=config.start_timeout_s, quotas=quotas)
     texts = Texts(folder)
     told, loop = asyncio.Event(), asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
