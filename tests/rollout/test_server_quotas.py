@@ -1,4 +1,4 @@
-"""How much one job may have, and who gets more: a server whose engine is a fake."""
+"""How much one job may have, who gets more, and what is remembered: an engine that is a fake."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import asyncio
 from collections import Counter
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
+from rlalign.rollout.server import metrics
 from tests.rollout.fake_engine import World
 from tests.rollout.test_server_faults import lines, until
 
@@ -130,3 +132,45 @@ def test_a_job_that_fills_its_part_goes_on_when_the_engine_died(run):
         assert lines(await answer)[-1] == {"end": 20}
 
     run(story, max_in_flight=5)
+
+
+# --- what is remembered of jobs ------------------------------------------------------------------
+
+
+async def counted(w: World) -> dict[tuple[str, ...], float]:
+    text = (await w.http.get("/metrics")).text
+    return {
+        (sample.name.removeprefix("rlalign_server_"), *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if "sequences_total" in sample.name
+    }
+
+
+def test_a_server_that_lives_for_long_forgets_old_jobs_and_no_total(run, monkeypatch):
+    monkeypatch.setattr(metrics, "KEPT_NAMES", 3)
+
+    async def story(w: World) -> None:
+        async def live_and_die(name: str) -> None:
+            job = await w.job(name=name, kind="lora")
+            await w.draw(job, 2)
+            await w.http.delete(f"/v1/jobs/{job}")
+
+        await live_and_die("comes back")
+        there = await w.job(name="comes back", kind="lora")
+        for i in range(10):
+            await live_and_die(f"run {i}")
+        await w.draw(there, 5)
+        now = await counted(w)
+        assert now == {
+            ("all_sequences_total",): 2 + 20 + 5,
+            ("sequences_total", "comes back"): 7,
+            **{("sequences_total", f"run {i}"): 2 for i in (7, 8, 9)},
+        }
+        [job] = (await w.http.get("/v1/server")).json()["jobs"]
+        assert w.host.counters.by_job.keys() == {job["id"]} == w.server._jobs.names.keys()
+        await w.http.delete(f"/v1/jobs/{there}")
+        now = await counted(w)
+        assert ("sequences_total", "run 7") not in now and now["sequences_total", "comes back"] == 7
+
+    run(story, max_loras=2)

@@ -264,6 +264,7 @@ class RolloutServer:
     async def _end(self, job: Job) -> None:
         """What a job leaves behind goes; the engine is back on its own weights before the next."""
         self._host.drop_job(job.id, JobError("the job is over: its lease ended"))
+        self._metrics.over(job)
         try:
             if job.kind == "lora":
                 await self._host.forget_adapter(job.id)

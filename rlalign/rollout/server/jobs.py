@@ -60,7 +60,7 @@ class JobTable:
     def __init__(self, max_loras: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_loras, self._clock = max_loras, clock
         self._jobs: dict[str, Job] = {}
-        self.names: dict[str, str] = {}  # of every job there ever was, by id: counts outlive jobs
+        self.names: dict[str, str] = {}  # by id, until what a job had is free
         self._ending: dict[str, Job] = {}  # over, but what they had is not free yet
         self._line: list[Place] = []
 
@@ -153,6 +153,7 @@ class JobTable:
     def free(self, job: Job) -> None:
         """Nothing of a job that is over is left in the engine."""
         self._ending.pop(job.id, None)
+        self.names.pop(job.id, None)
 
     def extend(self, seconds: float) -> None:
         """For a time in which no heartbeat could be heard."""
