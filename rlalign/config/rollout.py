@@ -81,6 +81,7 @@ class ServeConfig:
         "Sequences of one job in the engine at a time; below vllm.max_num_seqs, others find room.",
         ge=1,
     )
+    max_requests: int = option(1024, "Requests that are open at once.", ge=1)
     max_body_mib: int = option(64, "Largest request.", ge=1)
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
 

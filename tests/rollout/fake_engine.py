@@ -108,7 +108,13 @@ class World:
     """A server over such an engine, and a client."""
 
     def __init__(
-        self, spool: Path, monkeypatch: Any, max_loras: int = 0, slots: int = 8, **quotas: int
+        self,
+        spool: Path,
+        monkeypatch: Any,
+        max_loras: int = 0,
+        slots: int = 8,
+        max_requests: int = 1024,
+        **quotas: int,
     ) -> None:
         self.plan, self.spool = Plan(), spool
         monkeypatch.setattr(engine_host, "EngineProcess", lambda: FakeProcess(self.plan))
@@ -116,7 +122,7 @@ class World:
         self.texts = Texts(str(spool))  # no tokenizer there: these tests need none
         described = {"model": "fake", "max_loras": max_loras}
         self.server = RolloutServer(self.host, spool, self.texts, described)
-        self.asgi = self.server.asgi(TOKENS, 2**20)
+        self.asgi = self.server.asgi(TOKENS, 2**20, max_requests)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.asgi),
             base_url="http://server",

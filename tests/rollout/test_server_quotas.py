@@ -174,3 +174,35 @@ def test_a_server_that_lives_for_long_forgets_old_jobs_and_no_total(run, monkeyp
         assert ("sequences_total", "run 7") not in now and now["sequences_total", "comes back"] == 7
 
     run(story, max_loras=2)
+
+
+# --- requests ------------------------------------------------------------------------------------
+
+
+def test_so_many_requests_are_open_and_no_more_but_no_lease_is_lost(run):
+    async def story(w: World) -> None:
+        job = await w.job()
+        w.plan.may_draw.clear()
+        waiting = [w.draw(job) for _ in range(3)]
+        await until(lambda: w.host.in_flight == 3)
+        for refused in (await w.draw(job), await w.http.get("/v1/server"), await w.http.get("/")):
+            assert refused.status_code == 503 and "max_requests" in refused.json()["error"]
+            assert int(refused.headers["retry-after"]) > 0
+        assert (await w.http.get("/health")).status_code == 200
+        assert (await w.http.post(f"/v1/jobs/{job}/heartbeat")).status_code == 200
+        wrong = {"Authorization": "Bearer wrong"}
+        assert (await w.http.get("/v1/server", headers=wrong)).status_code == 401
+        waiting.pop().cancel()  # one that leaves makes room
+        await until(lambda: w.host.in_flight == 2)
+        assert (await w.http.get("/v1/server")).status_code == 200
+        w.plan.may_draw.set()
+        for answer in waiting:
+            assert lines(await answer)[-1] == {"end": 1}
+        w.plan.may_draw.clear()
+        waiting = [w.draw(job) for _ in range(3)]
+        await until(lambda: w.host.in_flight == 3)
+        assert (await w.http.delete(f"/v1/jobs/{job}")).status_code == 200
+        for answer in waiting:
+            assert "its lease ended" in (await answer).text
+
+    run(story, max_requests=3)

@@ -45,6 +45,10 @@ from rlalign.types import PolicyVersion
 REAP_S = 0.25  # between two looks for leases that are over
 PROTOCOL = 1  # what client and server must agree on
 
+# However many requests are open: a lease that cannot be renewed would be lost to others' load.
+ALWAYS = {
+    ("GET", "/health"), ("POST", "/v1/jobs/{job}/heartbeat"), ("DELETE", "/v1/jobs/{job}"),
+}  # fmt: skip
 OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
@@ -68,7 +72,7 @@ class RolloutServer:
         self.probe = secrets.token_hex(16)
         (spool / "probe").write_text(self.probe)
 
-    def asgi(self, tokens: Mapping[str, str], max_body_bytes: int) -> Any:
+    def asgi(self, tokens: Mapping[str, str], max_body_bytes: int, max_requests: int) -> Any:
         """The application behind its doors."""
         table: list[tuple[str, str, str | None, Handler]] = [
             ("GET", "/", None, page),
@@ -91,7 +95,8 @@ class RolloutServer:
         ]
         scopes = {(method, path): scope for method, path, scope, _ in table}
         app = Starlette(routes=routes, lifespan=self._lifespan)
-        return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes)
+        limits = max_body_bytes, max_requests
+        return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), *limits, ALWAYS)
 
     async def close(self) -> None:
         """Tell everybody who waits that the server is shutting down."""

@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any
 
 from rlalign.errors import RlalignError
@@ -38,10 +38,12 @@ class TooSlow(RlalignError):
 
 
 class Doors:
-    """ASGI middleware: authentication, scopes, and the size of a request's body.
+    """ASGI middleware: authentication, scopes, the size of a request's body, and how many requests
+    are open at once.
 
     `scopes` maps (method, path of the route as registered) to a scope or None (open to all);
-    `match` finds the registered path of a request.
+    `match` finds the registered path of a request. Routes in `always` are neither counted nor
+    refused when `max_requests` are open.
     """
 
     def __init__(
@@ -51,9 +53,12 @@ class Doors:
         scopes: Mapping[tuple[str, str], str | None],
         match: Callable[[str, str], str | None],
         max_body_bytes: int,
+        max_requests: int,
+        always: Collection[tuple[str, str]],
     ) -> None:
         self._app, self._tokens, self._scopes = app, dict(tokens), dict(scopes)
         self._match, self._max_body_bytes = match, max_body_bytes
+        self._max_requests, self._always, self._open = max_requests, always, 0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -63,7 +68,15 @@ class Doors:
         refusal = self._refusal(scope)
         if refusal is not None:
             return await _answer(send, *refusal)
-        await self._app(scope, self._limited(receive), send)
+        if (scope["method"], self._match(scope["method"], scope["path"])) in self._always:
+            return await self._app(scope, self._limited(receive), send)
+        if self._open >= self._max_requests:
+            return await _answer(send, 503, self._too_many())
+        self._open += 1
+        try:
+            await self._app(scope, self._limited(receive), send)
+        finally:
+            self._open -= 1
 
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and reason, or None where the request may pass."""
@@ -119,6 +132,12 @@ class Doors:
 
         return counting
 
+    def _too_many(self) -> str:
+        return (
+            f"{self._open} requests are open, which is this server's max_requests: try again, ask "
+            "for more in one request, or start the server with a higher max_requests"
+        )
+
     def _too_large(self) -> str:
         return f"the body has more than {self._max_body_bytes} bytes"
 
@@ -128,6 +147,8 @@ async def _answer(send: Send, status: int, reason: str) -> None:
     headers = [(b"content-type", b"application/json")]
     if status == 400:  # nobody knows where the next request begins
         headers.append((b"connection", b"close"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

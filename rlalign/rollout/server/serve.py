@@ -122,7 +122,7 @@ async def _listen_until_stopped(
     rollouts = RolloutServer(host, spool, texts, described)
     server = _Server(
         uvicorn.Config(
-            rollouts.asgi(tokens, config.max_body_mib * 2**20),
+            rollouts.asgi(tokens, config.max_body_mib * 2**20, config.max_requests),
             http=HttpProtocol,
             ssl_context_factory=tls and (lambda *_: tls.context),
             ws="none",
