@@ -61,6 +61,9 @@ class ServerConfig:
         "under the new ones (keep: no waiting, but a run no longer repeats itself).",
         choices=("wait", "keep"),
     )
+    priority: float = option(
+        1.0, "Twice another job's: twice its tokens while both wait.", ge=0.001, le=1000
+    )
 
 
 @dataclass
@@ -75,6 +78,8 @@ class ServeConfig:
     allow_plain_http: bool = option(
         False, "Listen on an address that others can reach, without TLS: tokens can be read."
     )
+    tls_certificate: str | None = option(None, "PEM file; with tls_key, the server speaks HTTPS.")
+    tls_key: str | None = option(None, "PEM file of the certificate's key, without a passphrase.")
     dtype: str = option(
         "float32", "Of weights and activations.", choices=("float32", "bfloat16", "float16")
     )
@@ -85,6 +90,13 @@ class ServeConfig:
     stall_s: float = option(
         120.0, "An engine that is silent for so long hangs: it is started again.", ge=10
     )
+    max_queued: int = option(131072, "Sequences of one job that wait or run.", ge=1)
+    max_in_flight: int | None = option(
+        None,
+        "Sequences of one job in the engine at a time; below vllm.max_num_seqs, others find room.",
+        ge=1,
+    )
+    max_requests: int = option(1024, "Requests that are open at once.", ge=1)
     max_body_mib: int = option(64, "Largest request.", ge=1)
     max_weights_mib: int = option(16384, "Largest update that comes over HTTP.", ge=1)
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")

@@ -33,6 +33,7 @@ from rlalign.rollout.engine import (
 )
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.server.connection import ConnectionFileError, connection_path, read_connection
+from rlalign.rollout.server.tls import trust
 from rlalign.types import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -72,6 +73,7 @@ class RolloutClient:
             base_url=connection["url"],
             headers={"Authorization": f"Bearer {connection['tokens']['job']}"},
             timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
+            verify=trust(connection),
             trust_env=False,  # a proxy has no business with a token
         )
         self._closed = threading.Event()
@@ -85,7 +87,10 @@ class RolloutClient:
             adapter_only=adapter is not None,
         )
         kind = "full" if adapter is None else "lora"
-        body = {"name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s}
+        body = {
+            "name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s,
+            "priority": cfg.priority,
+        }  # fmt: skip
         lease = self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
         self._job = f"/v1/jobs/{lease['id']}"
         try:

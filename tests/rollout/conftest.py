@@ -1,13 +1,18 @@
-"""A small model in a folder, and its tokenizer, for tests that serve it."""
+"""A small model in a folder, and its tokenizer, for tests that serve it; and a server whose engine
+is a fake."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from rlalign.models.random import write_random_model
+from tests.rollout.fake_engine import World
 
 
 @pytest.fixture(scope="module")
@@ -19,3 +24,17 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch):
+    """Runs a scenario against a server of its own; one that hangs is a failure."""
+
+    def scenario(story: Callable[[World], Awaitable[None]], **options: Any) -> None:
+        async def play() -> None:
+            async with asyncio.timeout(15), World(tmp_path, monkeypatch, **options).running() as w:
+                await story(w)
+
+        asyncio.run(play())
+
+    return scenario

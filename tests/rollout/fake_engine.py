@@ -15,6 +15,7 @@ from rlalign.rollout.server import engine_keeper
 from rlalign.rollout.server.app import RolloutServer
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.engine_process import EngineLost
+from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.texts import Texts
 
 TOKENS = {"generate": "g", "job": "j", "admin": "a"}
@@ -113,14 +114,18 @@ class World:
         max_loras: int = 0,
         slots: int = 8,
         stall_s: float = 60.0,
+        max_requests: int = 1024,
+        **quotas: int,
     ) -> None:
         self.plan, self.spool = Plan(), spool
         monkeypatch.setattr(engine_keeper, "EngineProcess", lambda: FakeProcess(self.plan))
-        self.host = EngineHost({}, slots=slots, start_timeout_s=5, stall_s=stall_s)
+        self.host = EngineHost(
+            {}, slots=slots, start_timeout_s=5, stall_s=stall_s, quotas=Quotas(**quotas)
+        )
         self.texts = Texts(str(spool))  # no tokenizer there: these tests need none
         described = {"model": "fake", "max_loras": max_loras}
         self.server = RolloutServer(self.host, spool, self.texts, described)
-        self.asgi = self.server.asgi(TOKENS, 2**20)
+        self.asgi = self.server.asgi(TOKENS, 2**20, max_requests)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.asgi),
             base_url="http://server",
@@ -156,14 +161,18 @@ class World:
         }
         return asyncio.create_task(self.http.post(f"/v1/jobs/{job}/draw", json=body))
 
-    async def call(self, method: str, path: str, *messages: dict[str, Any]) -> list[dict[str, Any]]:
-        """One request whose client sends `messages` (and is then silent); what it was sent."""
+    async def call(
+        self, method: str, path: str, *messages: dict[str, Any], leave: asyncio.Event | None = None
+    ) -> list[dict[str, Any]]:
+        """One request whose client sends `messages`, and is then silent or goes when it shall
+        `leave`; what it was sent."""
         sent, waiting = [], list(messages)
 
         async def receive() -> dict[str, Any]:
             if waiting:
                 return waiting.pop(0)
-            return await asyncio.Future()
+            await (leave or asyncio.Event()).wait()
+            return GONE
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)

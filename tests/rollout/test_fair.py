@@ -92,6 +92,32 @@ def test_what_was_never_served_is_not_paid_for():
     assert {queue.pop()[0] for _ in range(2)} == {"a", "b"}
 
 
+def test_a_job_that_is_full_is_passed_over_and_has_no_arrears_after_it():
+    queue: FairQueue = FairQueue()
+    for job in ("full", "free"):
+        for _ in range(100):
+            queue.push(job, (job, 10), 10)
+    assert {queue.pop({"full"})[0] for _ in range(50)} == {"free"}
+    turns = [queue.pop()[0] for _ in range(20)]
+    assert turns.count("full") in (10, 11)
+    with pytest.raises(IndexError, match="nothing waits"):
+        queue.pop({"full", "free"})
+
+
+def test_a_newcomer_beside_a_job_that_was_full_does_not_starve_the_others():
+    queue: FairQueue = FairQueue()
+    for job in ("full", "free"):
+        for _ in range(300):
+            queue.push(job, (job, 10), 10)
+    for _ in range(200):
+        queue.pop({"full"})
+    queue.pop()
+    for _ in range(100):
+        queue.push("new", ("new", 10), 10)
+    turns = Counter(queue.pop()[0] for _ in range(30))
+    assert all(9 <= turns[job] <= 11 for job in ("full", "free", "new"))
+
+
 class Clock:
     now = 100.0
 
@@ -150,6 +176,30 @@ def test_lora_jobs_share_the_server_up_to_its_places_and_never_with_a_full_one()
         table.acquire("e", "lora")
     with pytest.raises(JobError, match="no room for adapters"):
         JobTable().acquire("f", "lora")
+
+
+def test_leases_are_given_in_the_order_in_which_they_were_asked_for():
+    """The full job waits for the first LoRA job alone, however many come after it."""
+    table = JobTable(max_loras=3)
+    first = table.acquire("first", "lora")
+    full, lora = table.line_up("full"), table.line_up("lora")
+    with pytest.raises(Busy, match="job 'first' has the server's weights"):
+        table.acquire("full", "full", place=full)
+    for newcomer in (lora, None):  # there is room for them
+        with pytest.raises(Busy, match="job 'full' asked before"):
+            table.acquire("lora", "lora", place=newcomer)
+    table.free(table.release(first.id))
+    with pytest.raises(Busy, match="job 'full' asked before"):
+        table.acquire("lora", "lora", place=lora)
+    job = table.acquire("full", "full", place=full)
+    table.leave(full)
+    with pytest.raises(Busy, match="job 'full' has the server's weights"):
+        table.acquire("lora", "lora", place=lora)
+    table.free(table.release(job.id))
+    with pytest.raises(Busy, match="job 'lora' asked before"):
+        table.acquire("newcomer", "lora")
+    table.leave(lora)  # it waits no longer
+    assert table.acquire("newcomer", "lora").name == "newcomer"
 
 
 @pytest.mark.parametrize("change", [{"name": ""}, {"kind": "half"}, {"ttl_s": 0.0}, {"ttl_s": 1e9}])

@@ -36,7 +36,7 @@ LONG_PARAMS = SamplingParams(100, ignore_eos=True)
 
 @pytest.fixture(scope="module")
 def server(folder: Path, tmp_path_factory) -> Iterator[LiveServer]:
-    server = LiveServer(folder, tmp_path_factory.mktemp("server"))
+    server = LiveServer(folder, tmp_path_factory.mktemp("server"), "max_queued=4000")
     yield server
     spool = [path.name for path in Path("/dev/shm").glob(f"rlalign-serve-{server.process.pid}-*")]
     assert server.close() == 0, server.log.read_text()
@@ -136,6 +136,15 @@ def test_a_lease_that_ended_is_told_to_its_job(server, tokenizer):
     with pytest.raises(EngineError, match="its lease ended"):
         engine.generate([REQUEST], PARAMS)
     engine.close()
+
+
+def test_a_job_is_told_its_priority_and_its_limit(server, tokenizer):
+    with server.client(tokenizer, priority=2.5) as engine:
+        assert server.state()["jobs"][0]["priority"] == 2.5
+        many = [GenerateRequest("p", (5, 6), seeds=tuple(range(4001)))]
+        with pytest.raises(EngineError, match=r"max_queued=4000.*HTTP 429"):
+            engine.generate(many, PARAMS)
+        assert len(tokens(engine)) == 3
 
 
 def test_weights_that_do_not_fit_leave_the_old_ones_in_use(server, folder, tokenizer):

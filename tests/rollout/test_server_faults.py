@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -19,20 +18,6 @@ SOON_S = 3.0
 
 def lines(answer: Any) -> list[dict[str, Any]]:
     return [json.loads(line) for line in answer.text.splitlines() if line]
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch):
-    """Runs a scenario against a server of its own; one that hangs is a failure."""
-
-    def scenario(story: Callable[[World], Awaitable[None]], **options: Any) -> None:
-        async def play() -> None:
-            async with asyncio.timeout(15), World(tmp_path, monkeypatch, **options).running() as w:
-                await story(w)
-
-        asyncio.run(play())
-
-    return scenario
 
 
 async def until(condition: Callable[[], Any]) -> None:
@@ -125,6 +110,56 @@ def test_a_client_that_no_longer_waits_gets_no_lease(run):
         assert [job.name for job in w.server._jobs] == ["heir"]
 
     run(story)
+
+
+def test_a_full_job_is_not_starved_by_lora_jobs_that_keep_coming(run):
+    async def story(w: World) -> None:
+        given: list[str] = []
+
+        async def want(name: str, kind: str) -> str:
+            job = await w.job(name=name, kind=kind, wait_s=10)
+            given.append(name)
+            return job
+
+        jobs = [await want(f"early {i}", "lora") for i in range(2)]
+        full = asyncio.create_task(want("full", "full"))
+        await asyncio.sleep(0.05)
+        late = [asyncio.create_task(want(f"late {i}", "lora")) for i in range(3)]
+        await asyncio.sleep(0.05)
+        refused = await w.http.post("/v1/jobs", json={"name": "hasty", "kind": "lora"})
+        assert refused.status_code == 409 and "job 'full' asked before" in refused.text
+        for job in jobs:
+            assert len(given) == 2
+            await w.http.delete(f"/v1/jobs/{job}")
+        await w.http.delete(f"/v1/jobs/{await full}")
+        await asyncio.gather(*late)
+        assert given[2:] == ["full", "late 0", "late 1", "late 2"]
+
+    run(story, max_loras=3)
+
+
+@pytest.mark.parametrize("how", ["goes away", "waits no longer"])
+def test_who_leaves_the_line_holds_nobody_up(run, how):
+    async def story(w: World) -> None:
+        first = await w.job(kind="lora")
+        wait_s = 60 if how == "goes away" else 0.3
+        wish = json.dumps({"name": "full", "wait_s": wait_s, "ttl_s": 60}).encode()
+        leave = asyncio.Event()
+        full = asyncio.create_task(w.call("POST", "/v1/jobs", body(wish), leave=leave))
+        await asyncio.sleep(0.05)
+        late = asyncio.create_task(w.job(name="late", kind="lora", wait_s=10))
+        await asyncio.sleep(0.1)
+        assert not late.done()
+        if how == "goes away":
+            leave.set()
+        async with asyncio.timeout(SOON_S):
+            await late
+        sent = await full
+        if how == "waits no longer":
+            assert sent[0]["status"] == 409 and b"has the server's weights" in sent[1]["body"]
+        assert {job.id for job in w.server._jobs} == {first, await late}
+
+    run(story, max_loras=2)
 
 
 def test_a_lease_can_be_had_while_the_engine_is_started_again(run):

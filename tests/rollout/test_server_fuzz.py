@@ -43,7 +43,7 @@ HUGE = b"9" * 10_000
 WRONG = [None, True, -1, 1.5, "x", "", {}, [[]], {"a": 1}, 2**70, -(2**70), float("nan")]
 ID_LISTS = [[], [-1], [2**31], [1.5], ["1"], [None], [[1]], {"0": 1}, 7, [10**9], [5] * 129]
 BODIES: dict[str, dict[str, Any]] = {
-    "": {"name": "fuzz", "kind": "full", "ttl_s": 5.0, "wait_s": 0.0},
+    "": {"name": "fuzz", "kind": "full", "ttl_s": 5.0, "wait_s": 0.0, "priority": 1.0},
     "/weights": {"version": 1},
     "/draw": {
         "requests": [{"ids": [5, 6], "seeds": [1]}],
@@ -60,6 +60,7 @@ BAD: dict[str, dict[str, list[Any]]] = {  # by route and field; each value alone
         "kind": WRONG,
         "ttl_s": [*(w for w in WRONG if w != 1.5), 0, 0.999, 3601, 1e308, float("inf"), "60"],
         "wait_s": [*(w for w in WRONG if w != 1.5), -0.1, 86_401, float("-inf"), "0"],
+        "priority": [*(w for w in WRONG if w != 1.5), 0, 1e-9, 1001, float("inf"), "1"],
     },
     "/weights": {
         "version": [*WRONG, 2**53, "1", 1e300, "../1", "1/../../x"],

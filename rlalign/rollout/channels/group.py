@@ -20,10 +20,12 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import torch.distributed
 
 from rlalign.rollout.channels import Post, Receipt, Weights
 from rlalign.rollout.engine import EngineError
+
+dist: Any = torch.distributed  # its stubs leave out most of what is used here
 
 BACKENDS = ("gloo", "nccl")
 POLL_S = 0.002
@@ -203,11 +205,12 @@ class _Posting:
 
 
 def _group(store: Any, rank: int, backend: str, host: str) -> Any:
-    if backend == "nccl":
-        return dist.ProcessGroupNCCL(store, rank, 2, TIMEOUT)
-    options = dist.ProcessGroupGloo._Options()
-    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
+    nccl = backend == "nccl"
+    options = dist.ProcessGroupNCCL.Options() if nccl else dist.ProcessGroupGloo._Options()
     options._timeout = TIMEOUT
+    if nccl:
+        return dist.ProcessGroupNCCL(store, rank, 2, options)
+    options._devices = [dist.ProcessGroupGloo.create_device(hostname=host)]
     return dist.ProcessGroupGloo(store, rank, 2, options)
 
 

@@ -14,6 +14,7 @@ from rlalign.rollout.engine import EngineError, WeightsLost
 from rlalign.rollout.server.doors import TooLarge, TooSlow
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, JobError
+from rlalign.rollout.server.quotas import TooMany
 from rlalign.rollout.server.sequences import Refused
 
 Handler = Callable[[Request], Awaitable[Any]]
@@ -25,8 +26,12 @@ class UnknownModel(RlalignError):
 
 STATUS = {
     WeightsLost: 410, TooLarge: 413, TooSlow: 408, Busy: 409, JobError: 404, UnknownModel: 404,
-    Refused: 400, EngineError: 400, EngineLost: 503, TimeoutError: 504, OSError: 507,
+    Refused: 400, TooMany: 429, EngineError: 400, EngineLost: 503, TimeoutError: 504, OSError: 507,
 }  # fmt: skip
+
+
+# What is left of a body that is too large or too slow is not worth reading.
+HEADERS = {408: {"Connection": "close"}, 413: {"Connection": "close"}, 429: {"Retry-After": "1"}}
 
 
 def plain(status: int, reason: str) -> dict[str, Any]:
@@ -48,9 +53,7 @@ def answering(
             return JSONResponse(refusal(400, "the client went away"), 400)
         except tuple(STATUS) as error:
             status = status_of(error)
-            # What is left of a body is not worth reading.
-            headers = {"Connection": "close"} if status in (408, 413) else None
-            return JSONResponse(refusal(status, str(error)), status, headers)
+            return JSONResponse(refusal(status, str(error)), status, HEADERS.get(status))
         return answer if isinstance(answer, Response) else JSONResponse(answer)
 
     return route

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import secrets
 import shutil
@@ -28,7 +29,7 @@ from rlalign.rollout.server import openai_format
 from rlalign.rollout.server.answers import Handler, answering, plain, status_of
 from rlalign.rollout.server.bodies import AcquireBody, DrawBody, ScoreBody
 from rlalign.rollout.server.connected import Stream, unless_gone
-from rlalign.rollout.server.doors import Doors
+from rlalign.rollout.server.doors import Bounds, Doors
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
@@ -44,6 +45,10 @@ REAP_S = 0.25  # between two looks for leases that are over
 UPLOAD_S = 600.0  # for one file of weights to arrive
 PROTOCOL = 2  # what client and server must agree on
 
+# However many requests are open: a lease that cannot be renewed would be lost to others' load.
+ALWAYS = {
+    ("GET", "/health"), ("POST", "/v1/jobs/{job}/heartbeat"), ("DELETE", "/v1/jobs/{job}"),
+}  # fmt: skip
 OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
 
 
@@ -68,12 +73,12 @@ class RolloutServer:
         self._weights = WeightRoutes(host, self._jobs, spool, max_weights_bytes)
         self._metrics = Metrics(host, self._jobs)
         self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
-        self._freed = asyncio.Condition()
+        self._freed = asyncio.Event()  # another one each time
         self._endings: set[asyncio.Task[None]] = set()  # of jobs whose lease ran out
         self.probe = secrets.token_hex(16)
         (spool / "probe").write_text(self.probe)
 
-    def asgi(self, tokens: Mapping[str, str], max_body_bytes: int) -> Any:
+    def asgi(self, tokens: Mapping[str, str], max_body_bytes: int, max_requests: int) -> Any:
         """The application behind its doors."""
         table: list[tuple[str, str, str | None, Handler]] = [
             ("GET", "/", None, page),
@@ -97,15 +102,14 @@ class RolloutServer:
         ]
         scopes = {(method, path): scope for method, path, scope, _ in table}
         app = Starlette(routes=routes, lifespan=self._lifespan)
-        limits = {"/v1/jobs/{job}/weights/{version}/{file}": (self._max_weights_bytes, UPLOAD_S)}
-        return Doors(
-            app, tokens, scopes, lambda m, p: _registered(routes, m, p), max_body_bytes, limits
-        )
+        larger = {"/v1/jobs/{job}/weights/{version}/{file}": (self._max_weights_bytes, UPLOAD_S)}
+        bounds = Bounds(max_body_bytes, max_requests, larger, ALWAYS)
+        return Doors(app, tokens, scopes, lambda m, p: _registered(routes, m, p), bounds)
 
     async def close(self) -> None:
         """Tell everybody who waits that the server is shutting down."""
         await self._host.close()
-        await self._notify()
+        self._notify()
 
     # --- routes ----------------------------------------------------------------------------------
 
@@ -121,6 +125,7 @@ class RolloutServer:
             "max_len": self._host.limits.get("max_len"),
             "waiting": len(self._host.queue),
             "in_flight": self._host.in_flight,
+            **dataclasses.asdict(self._host.quotas),
             "generated_tokens": self._host.counters.total.generated_tokens,
             "alive": self._host.alive,
             "restarts": self._host.counters.restarts,
@@ -131,6 +136,7 @@ class RolloutServer:
     async def acquire(self, request: Request) -> Any:
         body = AcquireBody.model_validate_json(await request.body())
         job = await unless_gone(request, self._acquire(body))
+        self._host.queue.set_weight(job.id, job.priority)
         try:
             if await request.is_disconnected():  # it left as the lease came
                 raise ClientDisconnect
@@ -156,12 +162,13 @@ class RolloutServer:
         limits.check_params(SamplingParams(**params))
         for i, item in enumerate(body.requests):
             limits.check_ids(item.ids, body.params.max_completion_length, f"request {i}")
-        sequences = {}
+        wishes, places = [], []
         for i, item in enumerate(body.requests):
             for j, seed in enumerate(item.seeds):
                 message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": params}
-                cost = len(item.ids) + body.params.max_completion_length
-                sequences[self._host.submit(job.id, message, cost)] = (i, j)
+                wishes.append((message, len(item.ids) + body.params.max_completion_length))
+                places.append((i, j))
+        sequences = dict(zip(self._host.submit(job.id, wishes), places, strict=True))
         return Stream(self._lines(sequences), lambda: self._host.cancel(sequences))
 
     async def score(self, request: Request) -> Any:
@@ -170,11 +177,8 @@ class RolloutServer:
         limits = Limits(**_limits(self._host))
         for i, ids in enumerate(body.sequences):
             limits.check_ids(ids, 0, f"sequence {i}")
-        sequences = [
-            self._host.submit(job.id, {"kind": "score", "ids": ids}, len(ids))
-            for ids in body.sequences
-            if len(ids) > 1
-        ]
+        wishes = [({"kind": "score", "ids": i}, len(i)) for i in body.sequences if len(i) > 1]
+        sequences = self._host.submit(job.id, wishes)
         try:
             results = iter(await unless_gone(request, _scores(sequences)))
         finally:
@@ -183,8 +187,11 @@ class RolloutServer:
 
     def _described(self, job: Job) -> dict[str, Any]:
         tally = self._host.counters.by_job.get(job.id, Tally())
-        tokens, left_s = tally.generated_tokens, self._jobs.left_s(job)
-        return {**_public(job), "generated_tokens": tokens, "left_s": round(left_s, 1)}
+        waiting, in_flight = self._host.load(job.id)
+        return {
+            **_public(job), "generated_tokens": tally.generated_tokens, "waiting": waiting,
+            "in_flight": in_flight, "left_s": round(self._jobs.left_s(job), 1),
+        }  # fmt: skip
 
     # --- what they stand on ----------------------------------------------------------------------
 
@@ -204,25 +211,30 @@ class RolloutServer:
             yield _encoded({"error": str(error), "status": status_of(error)})
 
     async def _acquire(self, body: AcquireBody) -> Job:
-        """Wait for the lease as long as the client wants to."""
+        """Wait for the lease as long as the client wants to, behind those who asked before."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + body.wait_s
-        while True:
-            if self._host.failure:
-                raise EngineLost(self._host.failure)
-            try:
-                return self._jobs.acquire(body.name, body.kind, body.ttl_s)
-            except Busy:
-                left = deadline - loop.time()
-                if left <= 0:
-                    raise
-            with contextlib.suppress(TimeoutError):
-                async with self._freed, asyncio.timeout(left):
-                    await self._freed.wait()
+        deadline, place = loop.time() + body.wait_s, self._jobs.line_up(body.name)
+        try:
+            while True:
+                if self._host.failure:
+                    raise EngineLost(self._host.failure)
+                try:
+                    return self._jobs.acquire(**body.model_dump(exclude={"wait_s"}), place=place)
+                except Busy:
+                    left = deadline - loop.time()
+                    if left <= 0:
+                        raise
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(left):
+                        await self._freed.wait()
+        finally:
+            self._jobs.leave(place)
+            self._notify()  # the next in line may be lucky
 
     async def _end(self, job: Job) -> None:
         """What a job leaves behind goes; the engine is back on its own weights before the next."""
         self._host.drop_job(job.id, JobError("the job is over: its lease ended"))
+        self._metrics.over(job)
         try:
             if job.kind == "lora":
                 await self._host.forget_adapter(job.id)
@@ -231,11 +243,12 @@ class RolloutServer:
         finally:
             shutil.rmtree(self._spool / job.id, ignore_errors=True)
             self._jobs.free(job)
-            await self._notify()
+            self._notify()
 
-    async def _notify(self) -> None:
-        async with self._freed:
-            self._freed.notify_all()
+    def _notify(self) -> None:
+        """Have those who wait for a lease look again."""
+        self._freed.set()
+        self._freed = asyncio.Event()
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Any):
@@ -282,7 +295,7 @@ def _registered(routes: list[Route], method: str, path: str) -> str | None:
 def _public(job: Job) -> dict[str, Any]:
     return {
         "id": job.id, "name": job.name, "kind": job.kind, "ttl_s": job.ttl_s,
-        "version": job.version.version, "digest": job.version.digest,
+        "priority": job.priority, "version": job.version.version, "digest": job.version.digest,
     }  # fmt: skip
 
 

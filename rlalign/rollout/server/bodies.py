@@ -24,6 +24,7 @@ class AcquireBody(Body):
     kind: Literal["full", "lora"] = "full"
     ttl_s: Annotated[float, Field(ge=1, le=3600)] = 60.0
     wait_s: Annotated[float, Field(ge=0, le=86_400)] = 0.0
+    priority: Annotated[float, Field(ge=0.001, le=1000)] = 1.0
 
 
 class SharedTensor(Body):

@@ -11,7 +11,8 @@ import asyncio
 import hmac
 import json
 import secrets
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rlalign.errors import RlalignError
@@ -37,12 +38,31 @@ class TooSlow(RlalignError):
     """A body that did not arrive in time; raised where the route reads it."""
 
 
+@dataclass(frozen=True)
+class Bounds:
+    """How large the body of a request may be, and how many requests may be open at once.
+
+    `larger` maps paths (as registered) whose bodies may be large to their most bytes and the
+    seconds in which one must arrive. Routes in `always` are neither counted nor refused when
+    `requests` are open.
+    """
+
+    body_bytes: int
+    requests: int
+    larger: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    always: Collection[tuple[str, str]] = ()
+
+    def of_body(self, path: str | None) -> tuple[int, float]:
+        """Most bytes, and seconds for them to arrive."""
+        return self.larger.get(path or "", (self.body_bytes, BODY_S))
+
+
 class Doors:
-    """ASGI middleware: authentication, scopes, and the size of a request's body.
+    """ASGI middleware: authentication, scopes, the size of a request's body, and how many requests
+    are open at once.
 
     `scopes` maps (method, path of the route as registered) to a scope or None (open to all);
-    `match` finds the registered path of a request. `larger` maps paths whose bodies may be large to
-    their most bytes and the seconds in which one must arrive.
+    `match` finds the registered path of a request.
     """
 
     def __init__(
@@ -51,12 +71,10 @@ class Doors:
         tokens: Mapping[str, str],
         scopes: Mapping[tuple[str, str], str | None],
         match: Callable[[str, str], str | None],
-        max_body_bytes: int,
-        larger: Mapping[str, tuple[int, float]] | None = None,
+        bounds: Bounds,
     ) -> None:
         self._app, self._tokens, self._scopes = app, dict(tokens), dict(scopes)
-        self._match, self._max_body_bytes = match, max_body_bytes
-        self._larger = dict(larger or {})
+        self._match, self._bounds, self._open = match, bounds, 0
 
     async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -66,7 +84,17 @@ class Doors:
         refusal = self._refusal(scope)
         if refusal is not None:
             return await _answer(send, *refusal)
-        await self._app(scope, self._limited(receive, *self._limits(scope)), send)
+        path = self._match(scope["method"], scope["path"])
+        receive = _limited(receive, *self._bounds.of_body(path))
+        if (scope["method"], path) in self._bounds.always:
+            return await self._app(scope, receive, send)
+        if self._open >= self._bounds.requests:
+            return await _answer(send, 503, self._too_many())
+        self._open += 1
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._open -= 1
 
     def _refusal(self, scope: dict[str, Any]) -> tuple[int, str] | None:
         """Status and reason, or None where the request may pass."""
@@ -92,13 +120,8 @@ class Doors:
         length = headers.get(b"content-length", b"0")
         if not length.isdigit():
             return 400, "Content-Length is no number"
-        most, _ = self._limits(scope)
+        most, _ = self._bounds.of_body(path)
         return (413, _too_large(most)) if int(length) > most else None
-
-    def _limits(self, scope: dict[str, Any]) -> tuple[int, float]:
-        """Most bytes of the request's body, and seconds for it to arrive."""
-        path = self._match(scope["method"], scope["path"])
-        return self._larger.get(path or "", (self._max_body_bytes, BODY_S))
 
     def _granted(self, header: bytes) -> str | None:
         """The scope of the token in an Authorization header. All are compared, in constant time."""
@@ -109,24 +132,31 @@ class Doors:
                 found = scope
         return found
 
-    def _limited(self, receive: Receive, most: int, seconds: float) -> Receive:
-        """Bodies without a length are counted as they come, and none may take for ever."""
-        size, more, deadline = 0, True, asyncio.get_running_loop().time() + seconds
+    def _too_many(self) -> str:
+        return (
+            f"{self._open} requests are open, which is this server's max_requests: try again, ask "
+            "for more in one request, or start the server with a higher max_requests"
+        )
 
-        async def counting() -> dict[str, Any]:
-            nonlocal size, more
-            try:
-                # What comes after the body is the client's leaving: any time.
-                async with asyncio.timeout_at(deadline if more else None):
-                    message = await receive()
-            except TimeoutError:
-                raise TooSlow(f"the body did not arrive within {seconds:g} s") from None
-            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
-            if size > most:
-                raise TooLarge(_too_large(most))
-            return message
 
-        return counting
+def _limited(receive: Receive, most: int, seconds: float) -> Receive:
+    """Bodies without a length are counted as they come, and none may take for ever."""
+    size, more, deadline = 0, True, asyncio.get_running_loop().time() + seconds
+
+    async def counting() -> dict[str, Any]:
+        nonlocal size, more
+        try:
+            # What comes after the body is the client's leaving: any time.
+            async with asyncio.timeout_at(deadline if more else None):
+                message = await receive()
+        except TimeoutError:
+            raise TooSlow(f"the body did not arrive within {seconds:g} s") from None
+        size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        if size > most:
+            raise TooLarge(_too_large(most))
+        return message
+
+    return counting
 
 
 def _too_large(most: int) -> str:
@@ -138,6 +168,8 @@ async def _answer(send: Send, status: int, reason: str) -> None:
     headers = [(b"content-type", b"application/json")]
     if status == 400:  # nobody knows where the next request begins
         headers.append((b"connection", b"close"))
+    if status == 503:
+        headers.append((b"retry-after", b"1"))
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

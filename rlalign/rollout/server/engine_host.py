@@ -18,6 +18,7 @@ from rlalign.rollout.engine import WeightsLost
 from rlalign.rollout.server.engine_keeper import MAX_RESTARTS, EngineKeeper
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.fair import FairQueue
+from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.sequences import Counters, Refused, Sequence, Tally, Update
 
 MAX_ATTEMPTS = MAX_RESTARTS  # of one sequence: one that kills goes before the engine does
@@ -39,9 +40,10 @@ class EngineHost:
         *,
         slots: int,
         start_timeout_s: float,
+        quotas: Quotas,
         stall_s: float = STALL_S,
     ) -> None:
-        self._slots = slots
+        self._slots, self.quotas = slots, quotas
         self.keeper = EngineKeeper(setup, self, start_timeout_s=start_timeout_s, stall_s=stall_s)
         self.queue: FairQueue[Sequence] = FairQueue()
         self.counters = Counters()
@@ -81,17 +83,25 @@ class EngineHost:
     def in_flight(self) -> int:
         return len(self._in_flight)
 
-    def submit(self, job: str, message: dict[str, Any], tokens: int) -> Sequence:
-        """Queue one sequence; its result comes through `Sequence.result`: the engine's `done`
-        message, Refused, EngineLost or WeightsLost."""
+    def load(self, job: str) -> tuple[int, int]:
+        """How many sequences of a job wait, and how many are in the engine."""
+        return self.queue.waiting(job), sum(s.job == job for s in self._in_flight.values())
+
+    def submit(self, job: str, wishes: list[tuple[dict[str, Any], int]]) -> list[Sequence]:
+        """Queue a sequence for each message and the tokens it may cost. Its result comes through
+        `Sequence.result`: the engine's `done` message, Refused, EngineLost or WeightsLost. Raises
+        TooMany, and queues none."""
         if self.failure:
             raise EngineLost(self.failure)
         if self._lost:
             raise WeightsLost(self._lost)
-        sequence = Sequence(job, message, tokens, asyncio.get_running_loop().create_future())
-        self.queue.push(job, sequence, tokens)
+        self.quotas.admit(sum(self.load(job)), len(wishes))
+        result = asyncio.get_running_loop().create_future
+        sequences = [Sequence(job, message, tokens, result()) for message, tokens in wishes]
+        for sequence in sequences:
+            self.queue.push(job, sequence, sequence.tokens)
         self._pump()
-        return sequence
+        return sequences
 
     def oldest(self, job: str) -> int:
         """The number of the job's oldest sequence in the engine, or of the next one."""
@@ -128,8 +138,11 @@ class EngineHost:
 
     def _pump(self) -> None:
         open_ = self.keeper.up.is_set() and not self._holds
-        while open_ and len(self.queue) and len(self._in_flight) < self._slots:
-            sequence = self.queue.pop()
+        while open_ and len(self._in_flight) < self._slots:
+            full = self.quotas.full(s.job for s in self._in_flight.values())
+            if self.queue.next_job(full) is None:
+                break
+            sequence = self.queue.pop(full)
             sequence.number, self.next_number = self.next_number, self.next_number + 1
             sequence.attempts += 1
             self._in_flight[sequence.number] = sequence

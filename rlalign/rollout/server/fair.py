@@ -3,12 +3,13 @@
 Start-time fair queueing (Goyal, Vin and Chen, 1996): a job's virtual time grows by the tokens it
 was given, divided by its weight; the one furthest behind is next. A job that comes back from being
 idle starts at the time of those that are busy, so that it can neither claim what it missed nor be
-starved by newcomers.
+starved by newcomers. One that may have no more for now counts as idle.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
@@ -51,17 +52,23 @@ class FairQueue(Generic[T]):
         items = self._waiting[job]
         (items.appendleft if first else items.append)((item, tokens))
 
-    def pop(self) -> T:
-        """IndexError where nothing waits."""
-        job = min(
-            (job for job, items in self._waiting.items() if items),
+    def next_job(self, full: Collection[str] = ()) -> str | None:
+        """Whose turn it is among those that wait and are not `full`."""
+        return min(
+            (job for job, items in self._waiting.items() if items and job not in full),
             key=lambda job: self._time[job],
             default=None,
         )
+
+    def pop(self, full: Collection[str] = ()) -> T:
+        """An item of a job that is not `full`; IndexError where none waits."""
+        job = self.next_job(full)
         if job is None:
             raise IndexError("nothing waits")
         item, tokens = self._waiting[job].popleft()
         self._now = self._time[job]
+        for other in self._time.keys() & set(full):
+            self._time[other] = max(self._time[other], self._now)
         self._time[job] += tokens / self._weight.get(job, 1.0)
         return item
 

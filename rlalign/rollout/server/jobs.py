@@ -2,7 +2,8 @@
 
 A job lives as long as its trainer says so: a lease that no heartbeat renews within its time to live
 ends by itself. A job of kind `full` owns the weights and is alone; jobs of kind `lora` share the
-base model, each with an adapter of its own.
+base model, each with an adapter of its own. Who has to wait stands in a line, and only its head is
+given a lease: LoRA jobs that keep coming do not pass a full job that waits for those before it.
 """
 
 from __future__ import annotations
@@ -38,10 +39,18 @@ class Job:
     name: str
     kind: str
     ttl_s: float
+    priority: float
     expires: float  # of the table's clock
     version: PolicyVersion = field(default_factory=lambda: PolicyVersion(0, ""))
     folder: Path | None = None  # of that version
     replaced: list[tuple[Path, int]] = field(default_factory=list)  # and before which sequence
+
+
+@dataclass(eq=False)
+class Place:
+    """In the line of those who wait for a lease."""
+
+    name: str  # of the job to be
 
 
 class JobTable:
@@ -51,15 +60,31 @@ class JobTable:
     def __init__(self, max_loras: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
         self._max_loras, self._clock = max_loras, clock
         self._jobs: dict[str, Job] = {}
-        self.names: dict[str, str] = {}  # of every job there ever was, by id: counts outlive jobs
+        self.names: dict[str, str] = {}  # by id, until what a job had is free
         self._ending: dict[str, Job] = {}  # over, but what they had is not free yet
+        self._line: list[Place] = []
 
     def __iter__(self):
         return iter(list(self._jobs.values()))
 
-    def acquire(self, name: str, kind: str = "full", ttl_s: float = 60.0) -> Job:
-        """A new lease. Raises Busy where others have what it wants, JobError for arguments that
-        make no sense."""
+    def line_up(self, name: str) -> Place:
+        """A place at the end of the line, until `leave`."""
+        self._line.append(Place(name))
+        return self._line[-1]
+
+    def leave(self, place: Place) -> None:
+        self._line.remove(place)
+
+    def acquire(
+        self,
+        name: str,
+        kind: str = "full",
+        ttl_s: float = 60.0,
+        priority: float = 1.0,
+        place: Place | None = None,
+    ) -> Job:
+        """A new lease, for who stands at `place` or has just come. Raises Busy where others have
+        what it wants or asked before, JobError for arguments that make no sense."""
         if not name or len(name) > 200:
             raise JobError(f"a job needs a name of 1 to 200 characters, not {len(name)}")
         if kind not in KINDS:
@@ -74,7 +99,12 @@ class JobTable:
                 "full job, which sends merged weights"
             )
         self._refuse_if_busy(kind)
-        job = Job(secrets.token_hex(8), name, kind, ttl_s, self._clock() + ttl_s)
+        if self._line and self._line[0] is not place:
+            raise Busy(
+                f"job {self._line[0].name!r} asked before and waits for its lease: wait too "
+                "(rollout.server.wait_s), or use another server"
+            )
+        job = Job(secrets.token_hex(8), name, kind, ttl_s, priority, self._clock() + ttl_s)
         self._jobs[job.id] = job
         self.names[job.id] = name
         return job
@@ -123,6 +153,7 @@ class JobTable:
     def free(self, job: Job) -> None:
         """Nothing of a job that is over is left in the engine."""
         self._ending.pop(job.id, None)
+        self.names.pop(job.id, None)
 
     def extend(self, seconds: float) -> None:
         """For a time in which no heartbeat could be heard."""

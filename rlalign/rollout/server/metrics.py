@@ -1,7 +1,10 @@
 """The server's counters in Prometheus' text format, read when somebody asks for them.
 
 Counts go by the job's name, so that a run which comes back with another lease goes on counting; the
-gauges are of the jobs there are, by name and id.
+gauges are of the jobs there are, by name and id. The last names are kept when their jobs are over.
+An older one is forgotten: its series ends, and should it come back it counts from 0, which rate()
+takes as the reset that it is. A row for all that was forgotten would grow without a token having
+been drawn; the totals, which have no job, lose nothing.
 """
 
 from __future__ import annotations
@@ -16,10 +19,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from rlalign.rollout.server.engine_host import EngineHost
-from rlalign.rollout.server.jobs import KINDS, JobTable
+from rlalign.rollout.server.jobs import KINDS, Job, JobTable
 from rlalign.rollout.server.sequences import Tally
 
 PREFIX = "rlalign_server_"
+KEPT_NAMES = 100  # of jobs that are over
 
 
 class Metrics(Collector):
@@ -27,12 +31,21 @@ class Metrics(Collector):
 
     def __init__(self, host: EngineHost, jobs: JobTable) -> None:
         self._host, self._jobs = host, jobs
+        self._past: dict[str, Tally] = {}  # of leases that are over, by name; the last one last
         self._registry = CollectorRegistry()
         self._registry.register(self)
 
     async def scrape(self, request: Request) -> Response:
         text = generate_latest(self._registry)
         return Response(text, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def over(self, job: Job) -> None:
+        """Take over what was counted of a job that gets nothing any more."""
+        tally = self._past.pop(job.name, Tally())
+        self._past[job.name] = tally + self._host.counters.by_job.pop(job.id, Tally())
+        alive = {job.name for job in self._jobs}
+        for name in [name for name in self._past if name not in alive][:-KEPT_NAMES]:
+            del self._past[name]
 
     def collect(self) -> Iterator[Metric]:
         host, counters = self._host, self._host.counters
@@ -42,6 +55,11 @@ class Metrics(Collector):
         yield _counter("engine_restarts", "Engines in a dead one's place.", counters.restarts)
         yield _counter("weight_updates", "Weights and adapters taken over.", counters.updates)
         yield from self._of_jobs()
+        total = counters.total
+        yield _counter(
+            "all_generated_tokens", "Of all jobs there ever were.", total.generated_tokens
+        )
+        yield _counter("all_sequences", "Of all jobs there ever were.", total.sequences)
         tokens = CounterMetricFamily(
             f"{PREFIX}generated_tokens", "Tokens of finished sequences.", labels=["job"]
         )
@@ -68,11 +86,10 @@ class Metrics(Collector):
         yield version
 
     def _by_name(self) -> dict[str, Tally]:
-        tallies: dict[str, Tally] = {}
+        tallies = dict(self._past)
         for job, tally in self._host.counters.by_job.items():
-            sum_ = tallies.setdefault(self._jobs.names.get(job, job), Tally())
-            sum_.generated_tokens += tally.generated_tokens
-            sum_.sequences += tally.sequences
+            name = self._jobs.names.get(job, job)
+            tallies[name] = tallies.get(name, Tally()) + tally
         return tallies
 
 

@@ -88,8 +88,8 @@ class OpenAi:
         return form.whole(choices, prompt_tokens, tokens)
 
     def _submit(self, body: CompletionBody | ChatBody, prompts: list[list[int]]) -> list[Sequence]:
-        """Queue `n` sequences of each prompt. Raises UnknownModel, and EngineError for what the
-        engine cannot do."""
+        """Queue `n` sequences of each prompt. Raises UnknownModel, EngineError for what the engine
+        cannot do, and TooMany."""
         job = self._job(body.model)
         limits = Limits(self._host.limits["vocab"], self._host.limits["max_len"])
         seed = secrets.randbits(63) if body.seed is None else body.seed
@@ -106,7 +106,7 @@ class OpenAi:
             message = {"kind": "draw", "ids": ids, "params": params}
             for j in range(body.n):
                 ready.append(({**message, "seed": sample_seed(seed, str(i), j, 0)}, longest))
-        return [self._host.submit(job, m, len(m["ids"]) + longest) for m, longest in ready]
+        return self._host.submit(job, [(m, len(m["ids"]) + longest) for m, longest in ready])
 
     async def _events(
         self,

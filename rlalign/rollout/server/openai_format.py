@@ -11,9 +11,12 @@ from rlalign.rollout.server.texts import Text
 
 TYPES = {  # of an error, by status
     400: "invalid_request_error", 404: "invalid_request_error", 413: "invalid_request_error",
-    503: "server_error", 504: "server_error",
+    429: "rate_limit_error", 503: "server_error", 504: "server_error",
 }  # fmt: skip
-CODES = {404: "model_not_found", 413: "request_too_large", 503: "engine_lost", 504: "timeout"}
+CODES = {
+    404: "model_not_found", 413: "request_too_large", 429: "rate_limit_exceeded",
+    503: "engine_lost", 504: "timeout",
+}  # fmt: skip
 
 
 def refusal(status: int, reason: str) -> dict[str, Any]:

@@ -41,12 +41,16 @@ class Tally:
     generated_tokens: int = 0
     sequences: int = 0  # drawn and scored
 
+    def __add__(self, other: Tally) -> Tally:
+        tokens = self.generated_tokens + other.generated_tokens
+        return Tally(tokens, self.sequences + other.sequences)
+
 
 @dataclass
 class Counters:
     """Since the server started; of the engine, whichever process it is."""
 
     total: Tally = field(default_factory=Tally)
-    by_job: dict[str, Tally] = field(default_factory=dict)
+    by_job: dict[str, Tally] = field(default_factory=dict)  # that is not over
     restarts: int = 0
     updates: int = 0

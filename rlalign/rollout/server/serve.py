@@ -26,12 +26,14 @@ from rlalign.models.load import resolve_model_path
 from rlalign.rollout.server.app import RolloutServer
 from rlalign.rollout.server.connection import (
     connection_path,
-    refuse_if_taken,
+    sole_server,
     write_connection,
 )
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
+from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.texts import Texts
+from rlalign.rollout.server.tls import Tls, load_tls
 from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
@@ -47,20 +49,23 @@ def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = No
     """Serve `config.model` until SIGINT or SIGTERM; `on_ready` is told the URL and the connection
     file once requests are taken.
 
-    Raises ConfigError for an address that others can reach, and EngineLost where the engine cannot
-    start.
+    Raises ConfigError for an address that others can reach without TLS and for a certificate that
+    cannot be used, ConnectionFileError where another server has the name, and EngineLost where the
+    engine cannot start.
     """
-    _check_address(config)
-    refuse_if_taken(connection_path(config.name))
+    tls = load_tls(config.tls_certificate, config.tls_key)
+    _check_address(config, tls)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(sole_server(connection_path(config.name)))
         listener = stack.enter_context(_listen(config))
         spool = Path(stack.enter_context(_spool()))
-        asyncio.run(_run(config, listener, spool, on_ready))
+        asyncio.run(_run(config, listener, tls, spool, on_ready))
 
 
 async def _run(
     config: ServeConfig,
     listener: socket.socket,
+    tls: Tls | None,
     spool: Path,
     on_ready: Callable[[str, Path], None] | None,
 ) -> None:
@@ -79,7 +84,11 @@ async def _run(
     # Twice what runs together, so that a sequence is at hand when another one ends.
     slots = 2 * config.vllm.max_num_seqs
     host = EngineHost(
-        setup, slots=slots, start_timeout_s=config.start_timeout_s, stall_s=config.stall_s
+        setup,
+        slots=slots,
+        start_timeout_s=config.start_timeout_s,
+        stall_s=config.stall_s,
+        quotas=Quotas(config.max_queued, config.max_in_flight),
     )
     texts = Texts(folder)
     told, loop = asyncio.Event(), asyncio.get_running_loop()
@@ -90,7 +99,9 @@ async def _run(
         await asyncio.wait((stopped, started), return_when=asyncio.FIRST_COMPLETED)
         if started.done():
             started.result()
-            await _listen_until_stopped(config, host, texts, listener, spool, stopped, on_ready)
+            await _listen_until_stopped(
+                config, host, texts, listener, tls, spool, stopped, on_ready
+            )
     finally:
         texts.close()
         started.cancel()
@@ -103,6 +114,7 @@ async def _listen_until_stopped(
     host: EngineHost,
     texts: Texts,
     listener: socket.socket,
+    tls: Tls | None,
     spool: Path,
     stopped: asyncio.Task[Any],
     on_ready: Callable[[str, Path], None] | None,
@@ -115,8 +127,9 @@ async def _listen_until_stopped(
     rollouts = RolloutServer(host, spool, texts, described, config.max_weights_mib * 2**20)
     server = _Server(
         uvicorn.Config(
-            rollouts.asgi(tokens, config.max_body_mib * 2**20),
+            rollouts.asgi(tokens, config.max_body_mib * 2**20, config.max_requests),
             http=HttpProtocol,
+            ssl_context_factory=tls and (lambda *_: tls.context),
             ws="none",
             log_level="warning",
             access_log=False,
@@ -127,9 +140,10 @@ async def _listen_until_stopped(
     stopped.add_done_callback(server.stop)
     closing = asyncio.create_task(_close_after(stopped, rollouts))
     address, port = listener.getsockname()[:2]
-    url = f"http://{f'[{address}]' if ':' in address else address}:{port}"
+    scheme, certificate = ("http", None) if tls is None else ("https", tls.certificate)
+    url = f"{scheme}://{f'[{address}]' if ':' in address else address}:{port}"
     listener.listen(BACKLOG)  # before anybody can read where
-    write_connection(path, url, tokens)
+    write_connection(path, url, tokens, certificate)
     try:
         if on_ready is not None:
             on_ready(url, path)
@@ -157,16 +171,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def _check_address(config: ServeConfig) -> None:
+def _check_address(config: ServeConfig, tls: Tls | None) -> None:
     try:
         loopback = ipaddress.ip_address(config.host).is_loopback
     except ValueError:
         raise ConfigError(f"host = {config.host!r} is no IP address; use 127.0.0.1") from None
-    if not loopback and not config.allow_plain_http:
+    if not loopback and tls is None and not config.allow_plain_http:
         raise ConfigError(
-            f"host = {config.host!r} can be reached by others, and this server speaks plain HTTP: "
-            "whoever listens reads the tokens. Use 127.0.0.1 and a tunnel or a proxy with TLS, or "
-            "set allow_plain_http=true where the network is yours"
+            f"host = {config.host!r} can be reached by others, and plain HTTP lets whoever listens "
+            "read the tokens. Give tls_certificate and tls_key, use 127.0.0.1 and a tunnel, or set "
+            "allow_plain_http=true where the network is yours"
         )
 
 
@@ -176,6 +190,11 @@ def _listen(config: ServeConfig) -> socket.socket:
     # With the protocol named, asyncio sends small answers at once (TCP_NODELAY): 40 ms each.
     listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    # A client whose machine is gone says nothing, and its place in a line would last for a day.
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            listener.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
     try:
         listener.bind((config.host, config.port))
     except OSError as error:
