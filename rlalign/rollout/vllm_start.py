@@ -83,6 +83,7 @@ def start(
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            scheduler_cls=_scheduler(device),
             **_lora_options(cfg),
             **options,
         )
@@ -165,6 +166,18 @@ def _gpu_options(cfg: VllmConfig) -> dict[str, Any]:
         "enable_sleep_mode": cfg.sleep_mode,
     }
     return options if cfg.block_size is None else options | {"block_size": cfg.block_size}
+
+
+def _scheduler(device: str) -> type | None:
+    """Ours on a CPU, where vLLM is the version that it was written for; else vLLM's."""
+    import vllm
+
+    if device != "cpu":
+        return None
+    from rlalign.rollout import vllm_decode_cpu
+
+    known = vllm.__version__.startswith(vllm_decode_cpu.VERSION)
+    return vllm_decode_cpu.install() if known else None
 
 
 def _lora_options(cfg: VllmConfig) -> dict[str, Any]:
