@@ -34,7 +34,6 @@ from vllm.v1.outputs import LogprobsLists
 from vllm.v1.sample.ops.topk_topp_sampler import TopKTopPSampler, apply_top_k_top_p
 
 AHEAD = 64  # seeds drawn at a time
-VERSION = "0.32."  # of vLLM: others have another scheduler
 
 _sample = TopKTopPSampler.forward_cpu
 _append = LogprobsProcessor._update_sample_logprobs

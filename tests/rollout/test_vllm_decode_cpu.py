@@ -127,7 +127,7 @@ def test_sequences_are_told_as_by_vllms_own_scheduler(ours, folder, monkeypatch,
     with vllm_start.eager("cpu", VllmConfig()):
         got, preempted = told(folder)
     assert (preempted > 0) == (blocks == 16)
-    monkeypatch.setattr(vllm_start, "_scheduler", lambda device: None)
+    monkeypatch.setattr(vllm_start, "_faster", lambda device, cfg: None)
     with vllm_start.eager("cpu", VllmConfig()):
         want, _ = told(folder)
     assert len(got) == 12
@@ -138,7 +138,8 @@ def test_sequences_are_told_as_by_vllms_own_scheduler(ours, folder, monkeypatch,
 def test_another_version_of_vllm_keeps_its_own_scheduler(ours, monkeypatch):
     import vllm
 
-    assert vllm_start._scheduler("cpu") is ours.CpuScheduler
-    assert vllm_start._scheduler("cuda") is None
+    cfg = VllmConfig()
+    assert vllm_start._faster("cpu", cfg) is ours.CpuScheduler
+    assert vllm_start._faster("cuda", cfg) is None
     monkeypatch.setattr(vllm, "__version__", "0.33.1")
-    assert vllm_start._scheduler("cpu") is None
+    assert vllm_start._faster("cpu", cfg) is None
