@@ -40,6 +40,7 @@ ENVIRONMENT = {
 }
 DEFAULT_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR"}  # unless the user asks for more
 IGNORED_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE",)  # would override kv_cache_gib without a word
+KNOWN_VLLM = "0.32."  # whose inner parts vllm_decode_cpu.py and vllm_norm_cpu.py replace
 CPU_BLOCK_SIZE = 32  # the smallest that the CPU kernels take: shortest shared prefix that is found
 CPU_BATCHED_TOKENS = 8192  # prompt tokens of one step
 
@@ -83,6 +84,7 @@ def start(
             generation_config="vllm",
             disable_log_stats=True,
             use_tqdm_on_load=False,
+            scheduler_cls=_faster(device, cfg),
             **_lora_options(cfg),
             **options,
         )
@@ -165,6 +167,20 @@ def _gpu_options(cfg: VllmConfig) -> dict[str, Any]:
         "enable_sleep_mode": cfg.sleep_mode,
     }
     return options if cfg.block_size is None else options | {"block_size": cfg.block_size}
+
+
+def _faster(device: str, cfg: VllmConfig) -> type | None:
+    """On a CPU: put our parts in the place of vLLM's; the scheduler to use. None, and vLLM as it
+    is, for another version than the parts were written for."""
+    import vllm
+
+    if device != "cpu" or not vllm.__version__.startswith(KNOWN_VLLM):
+        return None
+    from rlalign.rollout import vllm_decode_cpu, vllm_norm_cpu
+
+    if enforces_eager(device, cfg):
+        vllm_norm_cpu.install()
+    return vllm_decode_cpu.install()
 
 
 def _lora_options(cfg: VllmConfig) -> dict[str, Any]:

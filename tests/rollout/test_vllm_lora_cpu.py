@@ -39,7 +39,7 @@ def test_tokens_get_their_own_adapter_or_none(places):
                 low = a_[place, 0].double() @ x[n].double()
                 want[n, first : first + size] += SCALE * (b_[place, 0].double() @ low)
             first += size
-    wrapper = SimpleNamespace(token_groups=vllm_lora_cpu._groups(torch.tensor(places)))
+    wrapper = SimpleNamespace(token_rows=vllm_lora_cpu.Rows(torch.tensor(places)), joined={})
     got = y.clone()
     vllm_lora_cpu._add_lora_linear(wrapper, got, x, a, b, SCALE, SIZES)
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
