@@ -22,6 +22,7 @@ import torch
 from rlalign.config.schema import ServerConfig
 from rlalign.rollout.channels import WeightChannel
 from rlalign.rollout.channels.files import MemoryChannel, UploadChannel
+from rlalign.rollout.channels.follow import FollowChannel
 from rlalign.rollout.channels.group import GroupChannel
 from rlalign.rollout.channels.ipc import IpcChannel
 from rlalign.rollout.engine import (
@@ -54,15 +55,21 @@ class RolloutClient:
 
     `name` is the job's. With `adapter`, the content of PEFT's adapter_config.json, the job shares
     the server's model with others and sends its adapter alone, if the server has room for adapters;
-    otherwise it owns the server's weights. Raises EngineError where there is no such server, and
-    where other jobs have what it needs for longer than `cfg.wait_s`.
+    otherwise it owns the server's weights. A job of several processes has one lease: the first one
+    takes it and sends the weights, the others are given its `lease`. Raises EngineError where there
+    is no such server, and where other jobs have what it needs for longer than `cfg.wait_s`.
 
     >>> with RolloutClient("my-run", tokenizer, ServerConfig()) as engine:     # doctest: +SKIP
     ...     [[sample]] = engine.generate([GenerateRequest("p", (5, 9), seeds=(1,))], params)
     """
 
     def __init__(
-        self, name: str, tokenizer: Any, cfg: ServerConfig, adapter: dict[str, Any] | None = None
+        self,
+        name: str,
+        tokenizer: Any,
+        cfg: ServerConfig,
+        adapter: dict[str, Any] | None = None,
+        lease: dict[str, Any] | None = None,
     ) -> None:
         self._tokenizer, self._cfg = tokenizer, cfg
         try:
@@ -86,19 +93,15 @@ class RolloutClient:
             score_temperature=False,
             adapter_only=adapter is not None,
         )
-        kind = "full" if adapter is None else "lora"
-        body = {
-            "name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s,
-            "priority": cfg.priority,
-        }  # fmt: skip
-        lease = self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
-        self._job = f"/v1/jobs/{lease['id']}"
+        self._leads = lease is None
+        self.lease = self._acquire(name) if lease is None else lease
+        self._job = f"/v1/jobs/{self.lease['id']}"
         try:
-            self._channel = self._open_channel(lease)
+            self._channel = self._open_channel()
         except BaseException:
             self._give_back()
             raise
-        self._limits = Limits(lease["vocab"], lease["max_len"])
+        self._limits = Limits(self.lease["vocab"], self.lease["max_len"])
         self._version = PolicyVersion(0, "")
         self._lost = ""  # why the lease is gone
         self._heart = threading.Thread(target=self._beat, name="rollout-lease", daemon=True)
@@ -195,7 +198,7 @@ class RolloutClient:
             answer = self._channel.send(parameters, version, post)
         except EngineError:
             # A lease that is over has no folder any more, and the server says so.
-            self._call("POST", f"{self._job}/heartbeat", timeout_s=SILENCE_S)
+            self._renew()
             raise
         self._version = PolicyVersion(answer["version"], answer["digest"])
         return self._version
@@ -215,8 +218,9 @@ class RolloutClient:
         self._give_back()
 
     def _give_back(self) -> None:
-        with contextlib.suppress(httpx.HTTPError):  # the lease ends by itself too
-            self._http.request("DELETE", self._job)
+        if self._leads:
+            with contextlib.suppress(httpx.HTTPError):  # the lease ends by itself too
+                self._http.request("DELETE", self._job)
         self._http.close()
 
     def __enter__(self) -> RolloutClient:
@@ -225,8 +229,18 @@ class RolloutClient:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _open_channel(self, lease: dict[str, Any]) -> WeightChannel:
-        kind, sees = self._cfg.channel, _sees(lease)
+    def _acquire(self, name: str) -> dict[str, Any]:
+        cfg, kind = self._cfg, "full" if self._adapter is None else "lora"
+        body = {
+            "name": name, "kind": kind, "ttl_s": cfg.ttl_s, "wait_s": cfg.wait_s,
+            "priority": cfg.priority,
+        }  # fmt: skip
+        return self._call("POST", "/v1/jobs", body, timeout_s=cfg.wait_s + SILENCE_S)
+
+    def _open_channel(self) -> WeightChannel:
+        lease, kind, sees = self.lease, self._cfg.channel, _sees(self.lease)
+        if not self._leads:
+            return FollowChannel(self._renew, self._cfg.timeout_s)
         if kind == "auto":
             kind = "memory" if sees else "upload"
         if kind in ("memory", "ipc") and not sees:
@@ -246,6 +260,10 @@ class RolloutClient:
         if kind == "ipc":
             return IpcChannel()
         return GroupChannel(kind, _own_address(self._http.base_url))
+
+    def _renew(self) -> dict[str, Any]:
+        """The job as the server sees it."""
+        return self._call("POST", f"{self._job}/heartbeat", timeout_s=SILENCE_S)
 
     def _put(self, version: int, name: str, content: bytes) -> None:
         path = f"{self._job}/weights/{version}/{name}"

@@ -169,6 +169,11 @@ class CpuScheduler(Scheduler):
             held.ranks.append(ranks[row])
         return told
 
+    def untold(self, name: str) -> tuple[list[int], list[float]]:
+        """Tokens and log-probs of a sequence that the output processor does not know of yet."""
+        held = self._held.get(name)
+        return ([], []) if held is None else (held.ids, held.logp)
+
     def _free_request(self, request: Any, *args: Any, **kwargs: Any) -> Any:
         self._held.pop(request.request_id, None)
         return super()._free_request(request, *args, **kwargs)

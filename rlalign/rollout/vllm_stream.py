@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -33,6 +33,13 @@ class Adapter:
 
     request: Any  # vLLM's LoRARequest
     version: PolicyVersion
+
+
+@runtime_checkable
+class CountsSilently(Protocol):
+    """A scheduler that tells of tokens late (vllm_decode_cpu.py)."""
+
+    def untold(self, name: str) -> tuple[list[int], list[float]]: ...
 
 
 _live: weakref.ref[VllmStream] | None = None  # vLLM's parallel state is one per process
@@ -140,19 +147,22 @@ class VllmStream:
         if names and self._broken is None and self._engine is not None:
             self._engine.abort_request(list(names))
 
-    def interrupt(self, names: Sequence[str]) -> list[Any]:
-        """Take sequences out; for each one vLLM's output with the tokens that it has so far."""
-        from vllm.v1.engine import FinishReason
-
+    def interrupt(self, names: Sequence[str]) -> list[tuple[list[int], list[float]]]:
+        """Take sequences out; of each one the tokens that it has so far, and their log-probs."""
         self.check_usable()
         processor = self._engine.output_processor
-        outputs = []
+        scheduler = self._engine.engine_core.engine_core.scheduler
+        drawn = []
         for name in names:
             [internal] = processor.external_req_ids[name]
             state = processor.request_states[internal]
-            outputs.append(state.make_request_output([], None, FinishReason.ABORT, None))
+            ids, logp = list(state.detokenizer.output_token_ids), state.logprobs_processor.logprobs
+            more_ids, more_logp = (
+                scheduler.untold(internal) if isinstance(scheduler, CountsSilently) else ([], [])
+            )
+            drawn.append(([*ids, *more_ids], [*(logp.logprobs if logp else ()), *more_logp]))
         self.abort(names)
-        return outputs
+        return drawn
 
     # --- weights ---------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -98,8 +99,7 @@ def _assemble(
         policy = _load_policy(config, world, with_reference=algos.needs_reference(config.algo))
     engine = build_train_engine(policy, config, world)
     stack.callback(engine.close)
-    with world.agreed("starting the rollout engine"):
-        rollout = build_rollout_engine(policy, tokenizer, config, world)
+    rollout = build_rollout_engine(policy, tokenizer, config, world)
     stack.callback(rollout.close)
     return Job(config, world, tokenizer, train, held_out, scorer, policy, engine, rollout, run_dir)
 
@@ -169,20 +169,17 @@ def build_train_engine(policy: Policy, config: Config, world: World) -> TrainEng
 
 
 def build_rollout_engine(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
+    if config.rollout.engine == "server":
+        return _join_server(policy, tokenizer, config, world)
+    with world.agreed("starting the rollout engine"):
+        return _start_engine(policy, tokenizer, config, world)
+
+
+def _start_engine(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
     if config.rollout.engine == "hf":
         from rlalign.rollout.hf import HFEngine
 
         return HFEngine(policy.model, tokenizer, max_batch_size=config.rollout.max_batch_size)
-    if config.rollout.engine == "server":
-        from rlalign.rollout.client import RolloutClient
-
-        if world.size > 1:
-            raise ConfigError(
-                f"rollout.engine = 'server' serves one process a job, this run has {world.size}: "
-                "use rollout.engine=vllm"
-            )
-        adapter = adapter_config(policy.model) if config.model.lora.rank else None
-        return RolloutClient(config.name, tokenizer, config.rollout.server, adapter)
     from rlalign.rollout.vllm import VllmEngine
 
     return VllmEngine(
@@ -194,6 +191,26 @@ def build_rollout_engine(policy: Policy, tokenizer, config: Config, world: World
         seed=config.seed,
         device=world.device.type,
     )
+
+
+def _join_server(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
+    """One lease for all processes of the job: the main one takes it."""
+    from rlalign.rollout.client import RolloutClient
+
+    if world.size > 1 and config.rollout.max_lag:
+        raise ConfigError(
+            f"rollout.max_lag = {config.rollout.max_lag} is for a run of one process, this one has "
+            f"{world.size}: use rollout.max_lag=0"
+        )
+    adapter = adapter_config(policy.model) if config.model.lora.rank else None
+    parts = config.name, tokenizer, config.rollout.server, adapter
+    client = None
+    with world.agreed("taking a lease on the rollout server"):
+        if world.is_main:
+            client = RolloutClient(*parts)
+    lease = None if client is None else json.dumps(client.lease).encode()
+    shared = json.loads(world.broadcast_bytes(lease, "the lease"))
+    return client or RolloutClient(*parts, lease=shared)
 
 
 def _choose_run_dir(config: Config, resume: bool, world: World) -> tuple[RunDir, Path | None]:

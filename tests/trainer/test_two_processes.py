@@ -1,5 +1,6 @@
 """The whole loop on two processes takes the steps that one process takes."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import pytest
 import yaml
 
 import rlalign
+from rlalign.models.random import write_random_model
+from tests.rollout.live_server import LiveServer
 from tests.support import ROOT, tiny_config, tiny_settings
 from tests.trainer.ranks import run_ranks
 
@@ -51,6 +54,27 @@ def test_two_processes_take_the_steps_of_one(stage, tmp_path):
     one, other = (json.loads((run / "result.json").read_text()) for run in (alone.path, two))
     for count in ("generated_tokens", "train_tokens"):
         assert other[count] == one[count]
+
+
+@pytest.mark.xdist_group("server")
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
+def test_two_processes_share_a_lease_and_take_the_steps_of_one(tmp_path):
+    shape = {"hidden": 64, "heads": 2, "kv_heads": 1, "layers": 2, "max_positions": 64}
+    model = write_random_model(tmp_path / "model", "qwen2", **shape)
+    server = LiveServer(model, tmp_path, "max_len=64")
+    on_it = [
+        f"model.path={model}", "rollout.engine=server",
+        f"rollout.server.name={server.connection}",
+    ]  # fmt: skip
+    alone = rlalign.train(tiny_config(tmp_path / "one", [*OVERRIDES, *on_it]), quiet=True)
+    two = launch(tmp_path / "two", "trainer.zero_stage=3", *on_it)
+    for one, other in zip(rows_of(alone.path), rows_of(two), strict=True):
+        assert other["reward"] == pytest.approx(one["reward"], abs=1e-6)
+        assert other["optim/grad_norm"] == pytest.approx(one["optim/grad_norm"], rel=1e-4)
+        assert other["policy/version"] == one["policy/version"]
+        assert other["sampling/check_logp_diff"] < 1e-3
+    assert server.state()["jobs"] == []
+    assert server.close() == 0
 
 
 FAILURES = {  # what fails on which process only, and what every process says then

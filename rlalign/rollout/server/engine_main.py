@@ -97,17 +97,14 @@ class Running:
     def scored(self) -> bool:
         return self.message["kind"] == "score"
 
-    def take_in(self, completion: Any, version: int) -> None:
+    def take_in(self, ids: list[int], logp: list[float], version: int) -> None:
         """What vLLM drew since, under `version`."""
-        drawn = len(completion.token_ids)
-        if not drawn:
-            return
-        self.ids += completion.token_ids
-        self.logp += completion.logprobs.logprobs
+        self.ids += ids
+        self.logp += logp
         if self.spans and self.spans[-1][1] == version:
-            self.spans[-1][0] += drawn
-        else:
-            self.spans.append([drawn, version])
+            self.spans[-1][0] += len(ids)
+        elif ids:
+            self.spans.append([len(ids), version])
 
 
 class Engine:
@@ -185,10 +182,10 @@ class Engine:
         """With these sequences out of vLLM. Afterwards those of the job that sent the update end
         there, with `in_flight` abort; the others go on: their next token is drawn from the weights
         in use then, over caches that are computed anew."""
-        for seq, output in zip(seqs, self._stream.interrupt([*map(str, seqs)]), strict=True):
+        for seq, drawn in zip(seqs, self._stream.interrupt([*map(str, seqs)]), strict=True):
             running = self._running[seq]
             if not running.scored:
-                running.take_in(output.outputs[0], self._version(running.adapter))
+                running.take_in(*drawn, self._version(running.adapter))
         ends = False
         try:
             yield
@@ -247,7 +244,8 @@ class Engine:
         if running.scored:
             return self._channel.send({"kind": "done", "seq": seq, "logp": sequence_logp(output)})
         completion = output.outputs[0]
-        running.take_in(completion, self._version(running.adapter))
+        ids, logp = list(completion.token_ids), list(completion.logprobs.logprobs)
+        running.take_in(ids, logp, self._version(running.adapter))
         if not math.isfinite(sum(running.logp)):
             error = "the model's logits are not finite: the weights diverged"
             return self._channel.send(failed(seq) | {"error": error})
