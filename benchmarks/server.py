@@ -4,20 +4,19 @@ model; the jobs are threads of this process, the engine has one thread of its ow
 
 from __future__ import annotations
 
-import contextlib
 import platform
 import statistics
-import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from _serving import serving
 
 from rlalign.config.schema import LoraConfig, ServerConfig
 from rlalign.models.load import resolve_model_path
@@ -30,7 +29,7 @@ MODEL = "mini:chain"
 SAMPLES = 8  # of a prompt
 PROMPTS = (2, 8, 32)  # of a batch; 32 fill the engine's batch of 256
 LENGTH = 48
-START_S = 300.0
+CHANNELS = ("upload", "gloo", "ipc")  # besides memory, which has the bar
 
 
 def run(quick: bool) -> dict[str, Any]:
@@ -41,7 +40,9 @@ def run(quick: bool) -> dict[str, Any]:
     with serving(path) as name:
         first_s = [first_sample_s(tokenizer, name) for _ in range(turns)]
         update_s = update_times_s(path, tokenizer, name, 2 * turns)
-    rows = [_row("a second job's first sample", first_s), _row("weight update", update_s)]
+        others = {c: update_times_s(path, tokenizer, name, 2 * turns, c) for c in CHANNELS}
+    rows = [_row("a second job's first sample", first_s), _row("weight update, memory", update_s)]
+    rows += [_row(f"weight update, {channel}", seconds) for channel, seconds in others.items()]
     first, update = (statistics.median(values) for values in (first_s, update_s))
     bars = [
         _bar("a second job's first sample, s", first, "<= 2", first <= 2),
@@ -66,26 +67,6 @@ def run(quick: bool) -> dict[str, Any]:
     return {"name": "server", "machine": machine, "rows": rows, "bars": bars}
 
 
-@contextlib.contextmanager
-def serving(path: str, *options: str) -> Iterator[str]:
-    """A server of its own; yields the name of its connection file."""
-    with tempfile.TemporaryDirectory() as folder:
-        connection = Path(folder) / "server.json"
-        main = "from rlalign.cli import main; main()"
-        arguments = ["serve", path, f"name={connection}", "num_threads=1", "max_len=256", *options]
-        process = subprocess.Popen([sys.executable, "-c", main, *arguments], stdout=sys.stderr)
-        try:
-            deadline = time.monotonic() + START_S
-            while not connection.exists():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise RuntimeError("the server did not start; see its output above")
-                time.sleep(0.1)
-            yield str(connection)
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
 def requests(seed: int, prompts: int) -> list[GenerateRequest]:
     rng = torch.Generator().manual_seed(seed)
     return [
@@ -105,10 +86,12 @@ def first_sample_s(tokenizer: Any, name: str) -> float:
         return time.perf_counter() - began
 
 
-def update_times_s(path: str, tokenizer: Any, name: str, count: int) -> list[float]:
+def update_times_s(
+    path: str, tokenizer: Any, name: str, count: int, channel: str = "memory"
+) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(path)
     seconds = []
-    with RolloutClient("bench", tokenizer, ServerConfig(name=name)) as engine:
+    with RolloutClient("bench", tokenizer, ServerConfig(name=name, channel=channel)) as engine:
         for version in range(count):
             began = time.perf_counter()
             publish(engine, model.named_parameters(), version)
