@@ -182,10 +182,11 @@ class Engine:
         """With these sequences out of vLLM. Afterwards those of the job that sent the update end
         there, with `in_flight` abort; the others go on: their next token is drawn from the weights
         in use then, over caches that are computed anew."""
-        for seq, drawn in zip(seqs, self._stream.interrupt([*map(str, seqs)]), strict=True):
+        interrupted = self._stream.interrupt([*map(str, seqs)])
+        for seq, (ids, logp) in zip(seqs, interrupted, strict=True):
             running = self._running[seq]
             if not running.scored:
-                running.take_in(*drawn, self._version(running.adapter))
+                running.take_in(ids, logp, self._version(running.adapter))
         ends = False
         try:
             yield
