@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -207,6 +208,21 @@ def test_a_full_disk_is_named_and_leaves_nothing(server, folder, tokenizer, monk
                 engine.update_weights(model.named_parameters(), 1)
         assert not list(engine._channel._spool.iterdir())
         assert engine.generate(requests(1), PARAMS) == before
+        assert engine.update_weights(model.named_parameters(), 1).version == 1
+
+
+def test_a_file_system_that_takes_no_more_is_named_and_leaves_nothing(server, folder, tokenizer):
+    """The real refusal of a write: files of this process may have 4 KiB."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with server.client(tokenizer, ttl_s=600) as engine:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, hard))
+        try:
+            with pytest.raises(EngineError, match=r"File too large.*Make room"):
+                engine.update_weights(model.named_parameters(), 1)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        assert not list(engine._channel._spool.iterdir())
         assert engine.update_weights(model.named_parameters(), 1).version == 1
 
 
