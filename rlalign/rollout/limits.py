@@ -37,6 +37,12 @@ class Limits:
                 f"max_completion_length is {params.max_completion_length}; it must be at least 1"
             )
 
+        strange = [token for token in params.stop_token_ids if not 0 <= token < self.vocab]
+        if strange:
+            raise EngineError(
+                f"stop_token_ids holds {strange[0]}, the model knows 0 to {self.vocab - 1}"
+            )
+
     def check_seeds(self, seeds: Sequence[int], name: str) -> None:
         if any(not 0 <= seed < 2**63 for seed in seeds):
             raise EngineError(f"{name}: a seed must be in [0, 2^63), got {tuple(seeds)}")

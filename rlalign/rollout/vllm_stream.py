@@ -125,7 +125,12 @@ class VllmStream:
         if self._sleeping:
             raise EngineError("the engine sleeps; call wake() first")
         request = None if adapter is None else adapter.request
-        self._engine.add_request(name, tokens_input(list(token_ids)), params, lora_request=request)
+        try:
+            self._engine.add_request(
+                name, tokens_input(list(token_ids)), params, lora_request=request
+            )
+        except Exception as error:  # vLLM's own checks; nothing has changed
+            raise EngineError(f"vLLM refuses it: {type(error).__name__}: {error}") from error
 
     def step(self) -> list[Any]:
         """Advance every running sequence by a token; vLLM's outputs of those that are finished."""
@@ -175,7 +180,15 @@ class VllmStream:
         not finite (see staging.py) and when vLLM fails to load them.
         """
         self.check_usable()
-        digest = self._stage.receive(parameters)
+        try:
+            digest = self._stage.receive(parameters)
+        except EngineError:
+            raise
+        except Exception as error:  # of torch or of the channel; vLLM has seen nothing
+            raise EngineError(
+                f"weights of version {version} cannot be read: {type(error).__name__}: {error}. "
+                "The old ones stay in use."
+            ) from error
         if "weights" in self._sleeping:
             self._engine.wake_up(["weights"])
             self._sleeping.remove("weights")

@@ -58,7 +58,8 @@ def adapter_digest(folder: Path) -> str:
                 if not bool(tensor.isfinite().all()):
                     raise EngineError(f"{name} of the adapter is not finite: the policy diverged")
                 digest.add(name.removeprefix(ADAPTER_PREFIX), tensor)
-    except (SafetensorError, OSError) as error:
+    # torch cannot compute with every dtype that a file may hold.
+    except (SafetensorError, OSError, RuntimeError) as error:
         raise EngineError(f"the adapter in {folder} cannot be read: {error}") from error
     return digest.hexdigest()
 

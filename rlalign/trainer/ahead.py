@@ -97,11 +97,11 @@ class RolloutsAhead:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the batch that is being drawn."""
-        if self._coming:
-            began = time.perf_counter()
-            self._coming[0].exception()  # `take` will raise it
-            self.waited_s += time.perf_counter() - began
+        """Wait for the batches that are begun: scorers and evaluations want to be alone."""
+        began = time.perf_counter()
+        for future in self._coming:
+            future.exception()  # `take` will raise it
+        self.waited_s += time.perf_counter() - began
 
     def close(self) -> None:
         """Begin no more. A draw that runs ends with the engine's lease."""
@@ -118,10 +118,18 @@ class RolloutsAhead:
                 return self._coming.popleft().result()
             except WeightsLost as error:
                 log.warning("%s", error)
+                self._settle_lost()
                 self._publish_again()
-                if self._thread is not None:  # the draw that failed is done by the next in line
-                    self._coming.append(self._thread.submit(self._next))
+                if self._thread is not None:  # a draw that failed is done by the next in line
+                    failed = range(self._begun - self._step)
+                    self._coming += [self._thread.submit(self._next) for _ in failed]
         raise WeightsLost(f"the engine lost its weights {MAX_RESENDS} times in a row")
+
+    def _settle_lost(self) -> None:
+        """Those behind the draw that failed have failed too, or will; none of them is drawn."""
+        self.settle()
+        done = [future for future in self._coming if future.exception() is None]
+        self._coming = deque(done)
 
     def _begin(self) -> bool:
         """Queue the next draw; whether there is one."""

@@ -210,7 +210,8 @@ def _join_server(policy: Policy, tokenizer, config: Config, world: World) -> Rol
             client = RolloutClient(*parts)
     lease = None if client is None else json.dumps(client.lease).encode()
     shared = json.loads(world.broadcast_bytes(lease, "the lease"))
-    return client or RolloutClient(*parts, lease=shared)
+    with world.agreed("sharing the lease"):
+        return client or RolloutClient(*parts, lease=shared)
 
 
 def _choose_run_dir(config: Config, resume: bool, world: World) -> tuple[RunDir, Path | None]:

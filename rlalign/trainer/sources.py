@@ -56,28 +56,31 @@ class InOrder:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.cursor = self._committed = job.progress.cursor
+        self.cursor = job.progress.cursor
+        self._carried = list(job.progress.carried)  # of a run that oversampled and was resumed
+        self.commit()
 
     @property
     def carried(self) -> list[int]:
-        return []
+        return list(self._carried)
 
     def next(self, count: int, step: int, seen: Counter[str]) -> Collected:
         job = self._job
-        prompts = job.train_prompts.take(self.cursor, count)
+        first, self._carried = self._carried[:count], self._carried[count:]
+        prompts = [job.train_prompts.take(position, 1)[0] for position in first]
+        prompts += job.train_prompts.take(self.cursor, count - len(first))
+        self.cursor += count - len(first)
         counts = [job.config.algo.num_generations] * count
         requests = make_requests(prompts, counts, job.config.seed, step, seen)
         with job.sampling():
             params = sampling_params(job)
-            drawn = roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
-        self.cursor += count
-        return drawn
+            return roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
 
     def commit(self) -> None:
-        self._committed = self.cursor
+        self._committed = self.cursor, self.carried
 
     def rewind(self) -> None:
-        self.cursor = self._committed
+        self.cursor, self._carried = self._committed[0], list(self._committed[1])
 
 
 class StreamingEngine(Protocol):
@@ -120,6 +123,8 @@ class AsTheyEnd:
         return [*self._again, *(begun.position for begun in self._begun)]
 
     def next(self, count: int, step: int, seen: Counter[str]) -> Collected:
+        while not self._ended.empty():  # a loss that nobody has seen yet, before more is begun
+            self._take_in(self._ended.get())
         wanted = math.ceil(self._job.config.rollout.oversample * count)
         self._begin(wanted - len(self._begun), step, seen)
         began = time.perf_counter()
@@ -176,19 +181,23 @@ class AsTheyEnd:
                     f"waiting for {count} groups: none of the {len(self._begun)} that are in "
                     f"flight was finished within {self._timeout_s:g} s"
                 ) from None
-            if isinstance(ended, WeightsLost):
-                self._lose()
-            if isinstance(ended, Exception):
-                raise ended
-            self._finish(*ended)
+            self._take_in(ended)
         chosen = [*late, *(begun for begun in self._done if begun not in late)]
         chosen = chosen[: max(count, len(late))]
         self._done = [begun for begun in self._done if begun not in chosen]
         return chosen
 
+    def _take_in(self, ended: tuple[Begun, tuple[Sample, ...]] | Exception) -> None:
+        if isinstance(ended, WeightsLost):
+            self._lose()
+        if isinstance(ended, Exception):
+            raise ended
+        self._finish(*ended)
+
     def _finish(self, begun: Begun, samples: tuple[Sample, ...]) -> None:
-        begun.samples = samples
-        self._done.append(begun)
+        if begun in self._begun:  # or it was given up for lost
+            begun.samples = samples
+            self._done.append(begun)
 
     def _lose(self) -> None:
         """What was in flight will be begun again; what is finished is finished."""

@@ -27,17 +27,16 @@ from tests.support import tiny_config
 # --- scripted draws ------------------------------------------------------------------------------
 
 
-def scripted(monkeypatch, max_lag: int, fail_at: int = -1, errors: list[Exception] | None = None):
+def scripted(monkeypatch, max_lag: int, fail_at: int = -1, error: type = EngineError):
     """A job of 5 steps whose draws take two prompts each and note (step, cursor, thread); that of
-    step `fail_at` raises `errors`, one after the other."""
-    errors = [EngineError("the engine is gone")] if errors is None else errors
+    step `fail_at` always raises `error`."""
     calls: list[tuple[int, int, str]] = []
 
     def draw(job: Any, step: int, source: Any) -> Drawn:
         calls.append((step, source.cursor, threading.current_thread().name))
         source.cursor += 2
-        if step == fail_at and errors:
-            raise errors.pop(0)
+        if step == fail_at:
+            raise error("the engine is gone")
         return Drawn(Collected(), {"step": float(step)}, source.cursor, [], 7)
 
     monkeypatch.setattr(ahead, "draw", draw)
@@ -47,7 +46,7 @@ def scripted(monkeypatch, max_lag: int, fail_at: int = -1, errors: list[Exceptio
         ),
         trainer=SimpleNamespace(max_steps=5),
     )
-    progress = SimpleNamespace(step=0, cursor=0)
+    progress = SimpleNamespace(step=0, cursor=0, carried=[])
     parts = {"rollout": None, "progress": progress, "stage": lambda text: None}
     return SimpleNamespace(config=config, **parts), calls
 
@@ -91,31 +90,54 @@ def test_a_draw_that_fails_ends_the_step_that_needs_it_with_its_words(monkeypatc
     rollouts.close()
 
 
-@pytest.mark.parametrize("max_lag", [0, 1, 3])
+@pytest.mark.parametrize("max_lag", [0, 1, 2, 4])
 @pytest.mark.parametrize("fail_at", [0, 2, 4])
-def test_a_draw_whose_weights_were_lost_is_done_again_under_the_trainers(
+def test_draws_whose_weights_were_lost_are_done_again_under_the_trainers(
     monkeypatch, max_lag, fail_at
 ):
-    losses: list[Exception] = [WeightsLost("they died"), WeightsLost("again")]
-    job, calls = scripted(monkeypatch, max_lag, fail_at, losses)
+    """Every draw fails until the weights are sent; twice they are lost on their way."""
+    job, calls = scripted(monkeypatch, max_lag)
+    draw, left = ahead.draw, 3
     published: list[int] = []
-    rollouts = RolloutsAhead(job, lambda: published.append(job.progress.step))
+
+    def losing(job: Any, step: int, source: Any) -> Drawn:
+        if step >= fail_at and left:
+            source.cursor += 1  # whatever it had begun
+            raise WeightsLost("they died")
+        return draw(job, step, source)
+
+    def publish() -> None:
+        nonlocal left
+        left -= 1
+        published.append(job.progress.step)
+
+    monkeypatch.setattr(ahead, "draw", losing)
+    monkeypatch.setattr(ahead, "MAX_RESENDS", 4)
+    rollouts = RolloutsAhead(job, publish)
     for step in range(5):
         drawn = rollouts.take()
         assert (drawn.figures["step"], drawn.cursor) == (step, 2 * step + 2)
         job.progress.step += 1
         rollouts.before_update()
     rollouts.close()
-    # By the step that needs the draw; with more ahead, those behind it fail and ask too.
-    assert published == [fail_at] * 2
-    assert sorted(call[:2] for call in calls if call[0] != fail_at) == [
-        (n, 2 * n) for n in range(5) if n != fail_at
-    ]
-    assert [call[:2] for call in calls if call[0] == fail_at] == [(fail_at, 2 * fail_at)] * 3
+    assert published == [fail_at] * 3
+    assert [call[:2] for call in calls] == [(n, 2 * n) for n in range(5)]
+
+
+@pytest.mark.parametrize("max_lag", [1, 2, 3])
+def test_settling_waits_for_every_draw_that_is_begun(monkeypatch, max_lag):
+    job, calls = scripted(monkeypatch, max_lag)
+    quick = ahead.draw
+    monkeypatch.setattr(ahead, "draw", lambda *args: time.sleep(0.05) or quick(*args))
+    rollouts = RolloutsAhead(job, never)
+    rollouts.take()
+    rollouts.settle()
+    assert len(calls) == 1 + max_lag
+    rollouts.close()
 
 
 def test_weights_that_are_lost_again_and_again_end_the_run(monkeypatch):
-    job, _ = scripted(monkeypatch, 1, 0, [WeightsLost("they died") for _ in range(9)])
+    job, _ = scripted(monkeypatch, 1, 0, WeightsLost)
     rollouts = RolloutsAhead(job, lambda: None)
     with pytest.raises(WeightsLost, match="3 times in a row"):
         rollouts.take()

@@ -151,8 +151,11 @@ class GroupReceiver:
                 return
             if described == BROKEN_OFF:
                 raise EngineError("the sender broke off in the middle of an update")
-            name, dtype, shape = json.loads(described)
-            tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            try:
+                name, dtype, shape = json.loads(described)
+                tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
+            except Exception as error:  # no room for it, or whoever is there is no sender of ours
+                raise _GroupFailed(f"{described!r}: {error}") from error
             with _torchs_errors():
                 self._group.broadcast(tensor, 0).wait(TIMEOUT)
             yield name, tensor

@@ -53,7 +53,12 @@ def receive(source: dict[str, Any]) -> Iterator[tuple[str, torch.Tensor]]:
         tensors = [
             (described["name"], _view(storages, described)) for described in source["tensors"]
         ]
-    except (RuntimeError, TypeError, ValueError) as error:  # torch's, for handles that are not its
+    except (
+        RuntimeError,
+        TypeError,
+        ValueError,
+        OverflowError,
+    ) as error:  # not torch's
         raise EngineError(f"the weights' memory cannot be opened: {error}") from error
     yield from tensors
 

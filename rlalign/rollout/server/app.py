@@ -89,8 +89,8 @@ class RolloutServer:
             ("DELETE", "/v1/jobs/{job}", "job", self.release),
             ("PUT", "/v1/jobs/{job}/weights/{version}/{file}", "job", self._weights.upload),
             ("POST", "/v1/jobs/{job}/weights", "job", self._weights.update),
-            ("POST", "/v1/jobs/{job}/draw", "generate", self.draw),
-            ("POST", "/v1/jobs/{job}/score", "generate", self.score),
+            ("POST", "/v1/jobs/{job}/draw", "job", self.draw),
+            ("POST", "/v1/jobs/{job}/score", "job", self.score),
             ("GET", "/metrics", "generate", self._metrics.scrape),
             ("GET", "/v1/models", "generate", self._openai.models),
             ("POST", "/v1/completions", "generate", self._openai.completions),
@@ -148,7 +148,8 @@ class RolloutServer:
         return {**_public(job), **_limits(self._host), "spool": spool, "probe": self.probe}
 
     async def heartbeat(self, request: Request) -> Any:
-        return _public(self._jobs.renew(request.path_params["job"]))
+        job = _public(self._jobs.renew(request.path_params["job"]))
+        return {**job, "digest": ""} if self._host.lost else job
 
     async def release(self, request: Request) -> Any:
         job = self._jobs.release(request.path_params["job"])

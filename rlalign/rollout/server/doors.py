@@ -1,7 +1,7 @@
 """Who may come in: three tokens with growing rights, checked before any route is looked at.
 
-`generate` samples and scores, `job` also takes leases and changes weights, `admin` also stops the
-server. A token of a higher scope opens the doors of the lower ones. What is not in the table of
+`generate` samples by OpenAI's routes, `job` takes leases and does what a job does, `admin` does
+everything. A token of a higher scope opens the doors of the lower ones. What is not in the table of
 scopes is closed to everybody, so a new route cannot be left open by mistake.
 """
 

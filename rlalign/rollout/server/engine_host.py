@@ -74,6 +74,11 @@ class EngineHost:
         return self.keeper.failure
 
     @property
+    def lost(self) -> str:
+        """Why the engine has other weights than it was sent; empty where it has not."""
+        return self._lost
+
+    @property
     def limits(self) -> dict[str, Any]:
         return self.keeper.limits
 
@@ -99,7 +104,9 @@ class EngineHost:
         result = asyncio.get_running_loop().create_future
         sequences = [Sequence(job, message, tokens, result()) for message, tokens in wishes]
         for sequence in sequences:
-            self.queue.push(job, sequence, sequence.tokens)
+            # A score tells whether new weights are in use: a batch that is drawn can wait for it.
+            first = sequence.message["kind"] == "score"
+            self.queue.push(job, sequence, sequence.tokens, first=first)
         self._pump()
         return sequences
 
@@ -167,8 +174,9 @@ class EngineHost:
         what = f"the update to version {version}" if in_flight == "wait" else ""
         async with self._updating, self._held(what):
             message = {"kind": "update", "job": job, "in_flight": in_flight}
+            waiting = set(self.queue.of(job))
             self.update, self._lost = await self._load(message, source, version), ""
-            self._updated(job, in_flight)
+            self._updated(in_flight, waiting)
             return self.update.digest
 
     async def reset_weights(self) -> None:
@@ -192,8 +200,9 @@ class EngineHost:
         `wait`, what is in flight ends under the adapter it has. Otherwise as `update_weights`."""
         async with self._updating, self._held(""):
             message = {"kind": "adapt", "job": job, "in_flight": in_flight}
+            waiting = set(self.queue.of(job))
             self.adapters[job] = await self._load(message, source, version)
-            self._updated(job, in_flight)
+            self._updated(in_flight, waiting)
             return self.adapters[job].digest
 
     async def forget_adapter(self, job: str) -> None:
@@ -228,10 +237,11 @@ class EngineHost:
             self._holds -= 1
             self._pump()
 
-    def _updated(self, job: str, in_flight: str) -> None:
+    def _updated(self, in_flight: str, waiting: set[Sequence]) -> None:
+        """`waiting` is what the job had here when the update came, and still has: it was held."""
         self.counters.updates += 1
         if in_flight == "abort":
-            not_begun = {s for s in self.queue.of(job) if s.message["kind"] == "draw"}
+            not_begun = {s for s in waiting if s.message["kind"] == "draw"}
             self.queue.discard(not_begun)
             for sequence in not_begun:
                 if not sequence.result.done():

@@ -163,8 +163,8 @@ class Engine:
         """Sequences of the job from now on have this adapter. Those that run keep theirs, unless
         the update says otherwise."""
         job, source, digest = message["job"], message["source"], ""
-        old = self._adapters.get(job)
         mine = [seq for seq, running in self._running.items() if running.message["job"] == job]
+        before = [self._adapters.get(job), *(self._running[seq].adapter for seq in mine)]
         with self._interrupted(message, [] if message["in_flight"] == "wait" else mine):
             if source is None:
                 self._adapters.pop(job, None)
@@ -174,7 +174,8 @@ class Engine:
                 digest = self._adapters[job].version.digest
             for seq in mine if message["in_flight"] != "wait" else ():
                 self._running[seq].adapter = self._adapters.get(job)
-        self._unload(old)
+        for adapter in before:
+            self._unload(adapter)
         self._channel.send({"kind": "updated", "digest": digest})
 
     @contextlib.contextmanager
@@ -243,18 +244,20 @@ class Engine:
         running = self._running.pop(seq)
         self._unload(running.adapter)
         if running.scored:
-            return self._channel.send({"kind": "done", "seq": seq, "logp": sequence_logp(output)})
+            return self._send_done(seq, sequence_logp(output))
         completion = output.outputs[0]
         ids, logp = list(completion.token_ids), list(completion.logprobs.logprobs)
         running.take_in(ids, logp, self._version(running.adapter))
-        if not math.isfinite(sum(running.logp)):
-            error = "the model's logits are not finite: the weights diverged"
-            return self._channel.send(failed(seq) | {"error": error})
         self._send_drawn(seq, running, completion.finish_reason)
 
     def _send_drawn(self, seq: int, running: Running, finish: str) -> None:
-        message = {"ids": running.ids, "logp": running.logp, "spans": running.spans}
-        self._channel.send({"kind": "done", "seq": seq, "finish": finish, **message})
+        self._send_done(seq, running.logp, ids=running.ids, spans=running.spans, finish=finish)
+
+    def _send_done(self, seq: int, logp: list[float], **drawn: Any) -> None:
+        if math.isfinite(sum(logp)):
+            return self._channel.send({"kind": "done", "seq": seq, "logp": logp, **drawn})
+        error = "the model's logits are not finite: the weights diverged"
+        self._channel.send(failed(seq) | {"error": error})
 
 
 def failed(seq: int) -> dict[str, Any]:

@@ -8,6 +8,7 @@ given a lease: LoRA jobs that keep coming do not pass a full job that waits for 
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
 from collections.abc import Callable
@@ -42,6 +43,7 @@ class Job:
     priority: float
     expires: float  # of the table's clock
     version: PolicyVersion = field(default_factory=lambda: PolicyVersion(0, ""))
+    uploading: asyncio.Lock = field(default_factory=asyncio.Lock)  # one file at a time: they add up
     folder: Path | None = None  # of that version
     replaced: list[tuple[Path, int]] = field(default_factory=list)  # and before which sequence
 

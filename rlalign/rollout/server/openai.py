@@ -101,7 +101,7 @@ class OpenAi:
                 "top_p": body.top_p, "top_k": body.top_k,
                 "stop_token_ids": body.stop_token_ids, "ignore_eos": body.ignore_eos,
             }  # fmt: skip
-            limits.check_params(SamplingParams(longest, body.temperature))
+            limits.check_params(SamplingParams(**params))
             limits.check_ids(ids, longest, f"prompt {i}")
             message = {"kind": "draw", "ids": ids, "params": params}
             for j in range(body.n):

@@ -22,7 +22,7 @@ from rlalign.rollout.server.sequences import Refused
 from rlalign.rollout.vllm_weights import ADAPTER_FILE
 from rlalign.types import PolicyVersion
 
-WEIGHT_FILE = re.compile(rf"\d{{6}}\.safetensors|{re.escape(ADAPTER_FILE)}|{ADAPTER_CONFIG}")
+WEIGHT_FILE = re.compile(rf"[0-9]{{6}}\.safetensors|{re.escape(ADAPTER_FILE)}|{ADAPTER_CONFIG}")
 
 
 class WeightRoutes:
@@ -37,17 +37,23 @@ class WeightRoutes:
         and never announced goes."""
         job = self._jobs.renew(request.path_params["job"])
         version, name = request.path_params["version"], request.path_params["file"]
-        if not WEIGHT_FILE.fullmatch(name) or not re.fullmatch(r"0|[1-9]\d{0,15}", version):
+        if not WEIGHT_FILE.fullmatch(name) or not re.fullmatch(r"0|[1-9][0-9]{0,15}", version):
             raise Refused(
                 f"{version}/{name} is no file of weights: VERSION/000000.safetensors and so on, or "
                 f"VERSION/{ADAPTER_FILE} and VERSION/{ADAPTER_CONFIG}"
             )
-        folder = self._spool / job.id / version
+        async with job.uploading:
+            size = await self._receive(request, job, self._spool / job.id / version, name)
+        self._jobs.renew(job.id)
+        return {"file": name, "bytes": size}
+
+    async def _receive(self, request: Request, job: Job, folder: Path, name: str) -> int:
         for other in self._spool.joinpath(job.id).iterdir():
             if other.name.isdigit() and other != folder:
                 shutil.rmtree(other, ignore_errors=True)
         folder.mkdir(mode=0o700, exist_ok=True)
-        path, size = folder / name, _size(folder)
+        path = folder / name
+        size = before = _size(folder, path)
         try:
             with path.open("wb") as file:
                 async for chunk in request.stream():
@@ -60,8 +66,7 @@ class WeightRoutes:
         except BaseException:
             path.unlink(missing_ok=True)
             raise
-        self._jobs.renew(job.id)
-        return {"file": name, "bytes": path.stat().st_size}
+        return size - before
 
     async def update(self, request: Request) -> Any:
         """Have the engine load what was announced; the receipt."""
@@ -124,9 +129,9 @@ class WeightRoutes:
                 job.replaced.append((old, before))
 
 
-def _size(folder: Path) -> int:
+def _size(folder: Path, without: Path) -> int:
     sizes = 0
-    for file in folder.iterdir():
+    for file in set(folder.iterdir()) - {without}:
         with contextlib.suppress(FileNotFoundError):
             sizes += file.stat().st_size
     return sizes
