@@ -168,31 +168,6 @@ def test_a_stop_string_cuts_text_tokens_and_usage(client, model):
         assert "".join(choice.logprobs.tokens) == choice.text
 
 
-def test_a_stream_says_the_same_in_pieces(client, model):
-    common = {"model": model, "n": 3, "seed": 5, "max_tokens": 30}
-    whole = client.completions.create(prompt="Hello", **common)
-    texts, reasons, usage = ["", "", ""], {}, None
-    for part in client.completions.create(
-        prompt="Hello", stream=True, stream_options={"include_usage": True}, **common
-    ):
-        usage = part.usage
-        for choice in part.choices:
-            texts[choice.index] += choice.text
-            reasons[choice.index] = choice.finish_reason
-    assert texts == [choice.text for choice in whole.choices]
-    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
-    assert usage == whole.usage
-
-    messages = [{"role": "user", "content": "Hello"}]
-    texts, reasons = ["", "", ""], {}
-    for part in client.chat.completions.create(messages=messages, stream=True, **common):
-        for choice in part.choices:
-            texts[choice.index] += choice.delta.content or ""
-            reasons[choice.index] = choice.finish_reason or reasons.get(choice.index)
-    assert texts == [choice.text for choice in whole.choices]
-    assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
-
-
 # --- models --------------------------------------------------------------------------------------
 
 
@@ -354,17 +329,6 @@ def test_a_client_that_goes_away_takes_its_sequences_along(server, model, stream
             next(answer.iter_lines())
     wait_until(lambda: not (server.state()["waiting"] or server.state()["in_flight"]))
     assert server.state()["generated_tokens"] - before < 100_000  # of 300 000
-
-
-def test_what_is_asked_while_the_engine_is_killed_is_answered_all_the_same(server, client, model):
-    options = {"model": model, "prompt": IDS, "n": 200, "seed": 4, "max_tokens": 60}
-    before = client.completions.create(**options)
-    stream = client.completions.create(**options, stream=True)
-    next(iter(stream))
-    server.kill_engine()
-    texts = {choice.index: choice.text for part in stream for choice in part.choices}
-    assert len(texts) == 199
-    assert all(before.choices[i].text == text for i, text in texts.items())
 
 
 def test_a_running_job_is_not_held_up_by_a_long_request(server, client, tokenizer, model):

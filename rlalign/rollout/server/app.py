@@ -37,7 +37,7 @@ from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
 from rlalign.rollout.server.page import page
 from rlalign.rollout.server.sequences import Sequence, Tally
-from rlalign.rollout.server.streams import as_they_end, outcome
+from rlalign.rollout.server.streams import as_they_come, outcome
 from rlalign.rollout.server.texts import Texts
 from rlalign.rollout.server.weights import WeightRoutes
 
@@ -203,7 +203,7 @@ class RolloutServer:
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends. A client that goes away takes the rest along."""
         try:
-            async with contextlib.aclosing(as_they_end(self._host, list(sequences))) as batches:
+            async with contextlib.aclosing(as_they_come(self._host, list(sequences))) as batches:
                 async for batch in batches:
                     yield b"".join(_line(s, *sequences[s]) for s in batch) or b"\n"
             yield _encoded({"end": len(sequences)})
