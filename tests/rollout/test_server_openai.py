@@ -199,6 +199,8 @@ def test_jobs_with_adapters_are_models_by_name_and_by_id(server, client, folder,
         publish(second, adapter_weights(b), 2)
         ids = {job["name"]: job["id"] for job in server.state()["jobs"]}
         assert {m.id for m in client.models.list()} == {model, "run/a", "run/b"}
+        for name in (model, "run/a", ids["run/b"]):
+            assert client.models.retrieve(name).id == name
         for policy, name in ((a, "run/a"), (b, "run/b"), (a, ids["run/a"])):
             answer = client.completions.create(model=name, prompt=IDS, max_tokens=24, **GREEDY)
             want = greedy(policy, IDS, 24)
@@ -291,6 +293,9 @@ def test_errors_are_of_the_clients_own_kinds(server, client, model):
     with pytest.raises(openai.NotFoundError) as caught:
         client.chat.completions.create(model="gpt-4o", messages=HELLO)
     assert caught.value.code == "model_not_found" and model in str(caught.value)
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt/4o'") as unknown:
+        client.models.retrieve("gpt/4o")
+    assert unknown.value.code == "model_not_found"
     with pytest.raises(openai.BadRequestError, match="Invalid JSON"):
         client.post("/completions", cast_to=object, options={}, content=b"{")
     wrong = client.with_options(api_key="wrong")

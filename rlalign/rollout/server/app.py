@@ -49,7 +49,9 @@ PROTOCOL = 2  # what client and server must agree on
 ALWAYS = {
     ("GET", "/health"), ("POST", "/v1/jobs/{job}/heartbeat"), ("DELETE", "/v1/jobs/{job}"),
 }  # fmt: skip
-OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
+OPENAI_PATHS = (
+    "/v1/models", "/v1/models/{model:path}", "/v1/completions", "/v1/chat/completions",
+)  # fmt: skip
 
 
 class RolloutServer:
@@ -93,6 +95,7 @@ class RolloutServer:
             ("POST", "/v1/jobs/{job}/score", "generate", self.score),
             ("GET", "/metrics", "generate", self._metrics.scrape),
             ("GET", "/v1/models", "generate", self._openai.models),
+            ("GET", "/v1/models/{model:path}", "generate", self._openai.retrieve),
             ("POST", "/v1/completions", "generate", self._openai.completions),
             ("POST", "/v1/chat/completions", "generate", self._openai.chat),
         ]

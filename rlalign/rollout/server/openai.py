@@ -41,9 +41,12 @@ class OpenAi:
         self._began = int(time.time())
 
     async def models(self, request: Request) -> Any:
-        known = [{"id": name, "object": "model", "created": self._began, "owned_by": "rlalign"}
-                 for name in self._names()]  # fmt: skip
-        return {"object": "list", "data": known}
+        return {"object": "list", "data": [self._described(name) for name in self._names()]}
+
+    async def retrieve(self, request: Request) -> Any:
+        model = request.path_params["model"]
+        self._job(model)
+        return self._described(model)
 
     async def completions(self, request: Request) -> Any:
         body = CompletionBody.model_validate_json(await request.body())
@@ -121,6 +124,9 @@ class OpenAi:
             return found[0].id
         what = f"{len(found)} jobs are called" if found else "there is no model"
         raise UnknownModel(f"{what} {model!r}; choose one of {', '.join(self._names())}")
+
+    def _described(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._began, "owned_by": "rlalign"}
 
     def _names(self) -> list[str]:
         """Of the models: jobs with an adapter by name, by id where others have the name too."""
