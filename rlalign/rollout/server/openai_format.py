@@ -28,7 +28,7 @@ def refusal(status: int, reason: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Choice:
     """A choice, or what one event of a stream adds to it: then `offset` is how many characters went
-    before, and all but the last have no `finish`. `version` is the last token's."""
+    before, and all but the last have no `finish`. `version` is that of the last token drawn."""
 
     index: int
     text: Text
