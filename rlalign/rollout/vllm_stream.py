@@ -152,22 +152,18 @@ class VllmStream:
         if names and self._broken is None and self._engine is not None:
             self._engine.abort_request(list(names))
 
-    def interrupt(self, names: Sequence[str]) -> list[tuple[list[int], list[float]]]:
-        """Take sequences out; of each one the tokens that it has so far, and their log-probs."""
-        self.check_usable()
+    def drawn(self, name: str, since: int = 0) -> tuple[list[int], list[float]]:
+        """What a running sequence has from its token `since` on: token ids and log-probs."""
         processor = self._engine.output_processor
+        [internal] = processor.external_req_ids[name]
+        state = processor.request_states[internal]
+        ids, logp = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs.logprobs
         scheduler = self._engine.engine_core.engine_core.scheduler
-        drawn = []
-        for name in names:
-            [internal] = processor.external_req_ids[name]
-            state = processor.request_states[internal]
-            ids, logp = list(state.detokenizer.output_token_ids), state.logprobs_processor.logprobs
-            more_ids, more_logp = (
-                scheduler.untold(internal) if isinstance(scheduler, CountsSilently) else ([], [])
-            )
-            drawn.append(([*ids, *more_ids], [*(logp.logprobs if logp else ()), *more_logp]))
-        self.abort(names)
-        return drawn
+        if not isinstance(scheduler, CountsSilently):
+            return ids[since:], logp[since:]
+        more_ids, more_logp = scheduler.untold(internal)
+        more = slice(max(0, since - len(ids)), None)
+        return [*ids[since:], *more_ids[more]], [*logp[since:], *more_logp[more]]
 
     # --- weights ---------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +115,7 @@ class World:
         slots: int = 8,
         stall_s: float = 60.0,
         max_requests: int = 1024,
+        tokenizer: Any = None,
         **quotas: int,
     ) -> None:
         self.plan, self.spool = Plan(), spool
@@ -122,7 +123,10 @@ class World:
         self.host = EngineHost(
             {}, slots=slots, start_timeout_s=5, stall_s=stall_s, quotas=Quotas(**quotas)
         )
-        self.texts = Texts(str(spool))  # no tokenizer there: these tests need none
+        folder = spool / "model"  # most tests need no tokenizer, and there is none
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+        self.texts = Texts(str(folder))
         described = {"model": "fake", "max_loras": max_loras}
         self.server = RolloutServer(self.host, spool, self.texts, described)
         self.asgi = self.server.asgi(TOKENS, 2**20, max_requests)
@@ -162,10 +166,15 @@ class World:
         return asyncio.create_task(self.http.post(f"/v1/jobs/{job}/draw", json=body))
 
     async def call(
-        self, method: str, path: str, *messages: dict[str, Any], leave: asyncio.Event | None = None
+        self,
+        method: str,
+        path: str,
+        *messages: dict[str, Any],
+        leave: asyncio.Event | None = None,
+        hear: Callable[[dict[str, Any]], Awaitable[None]] | None = None,
     ) -> list[dict[str, Any]]:
         """One request whose client sends `messages`, and is then silent or goes when it shall
-        `leave`; what it was sent."""
+        `leave`; what it was sent, which it may `hear` as it comes, or be slow to."""
         sent, waiting = [], list(messages)
 
         async def receive() -> dict[str, Any]:
@@ -176,6 +185,8 @@ class World:
 
         async def send(message: dict[str, Any]) -> None:
             sent.append(message)
+            if hear is not None:
+                await hear(message)
 
         scope = {
             "type": "http", "method": method, "path": path, "raw_path": path.encode(),

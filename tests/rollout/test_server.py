@@ -238,6 +238,7 @@ ROUTES = [  # method, path, the least scope that opens it
     ("POST", "/v1/jobs/x/score", "job"),
     ("GET", "/metrics", "generate"),
     ("GET", "/v1/models", "generate"),
+    ("GET", "/v1/models/{model:path}", "generate"),
     ("POST", "/v1/completions", "generate"),
     ("POST", "/v1/chat/completions", "generate"),
 ]

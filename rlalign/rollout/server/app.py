@@ -37,7 +37,7 @@ from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
 from rlalign.rollout.server.page import page
 from rlalign.rollout.server.sequences import Sequence, Tally
-from rlalign.rollout.server.streams import as_they_end, outcome
+from rlalign.rollout.server.streams import as_they_come, outcome
 from rlalign.rollout.server.texts import Texts
 from rlalign.rollout.server.weights import WeightRoutes
 
@@ -49,7 +49,9 @@ PROTOCOL = 2  # what client and server must agree on
 ALWAYS = {
     ("GET", "/health"), ("POST", "/v1/jobs/{job}/heartbeat"), ("DELETE", "/v1/jobs/{job}"),
 }  # fmt: skip
-OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions")
+OPENAI_PATHS = (
+    "/v1/models", "/v1/models/{model:path}", "/v1/completions", "/v1/chat/completions",
+)  # fmt: skip
 
 
 class RolloutServer:
@@ -93,6 +95,7 @@ class RolloutServer:
             ("POST", "/v1/jobs/{job}/score", "job", self.score),
             ("GET", "/metrics", "generate", self._metrics.scrape),
             ("GET", "/v1/models", "generate", self._openai.models),
+            ("GET", "/v1/models/{model:path}", "generate", self._openai.retrieve),
             ("POST", "/v1/completions", "generate", self._openai.completions),
             ("POST", "/v1/chat/completions", "generate", self._openai.chat),
         ]
@@ -204,7 +207,7 @@ class RolloutServer:
     async def _lines(self, sequences: dict[Sequence, tuple[int, int]]) -> AsyncIterator[bytes]:
         """A line for each sequence as it ends. A client that goes away takes the rest along."""
         try:
-            async with contextlib.aclosing(as_they_end(self._host, list(sequences))) as batches:
+            async with contextlib.aclosing(as_they_come(self._host, list(sequences))) as batches:
                 async for batch in batches:
                     yield b"".join(_line(s, *sequences[s]) for s in batch) or b"\n"
             yield _encoded({"end": len(sequences)})

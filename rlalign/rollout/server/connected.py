@@ -33,11 +33,16 @@ async def _gone(request: Request) -> None:
 
 
 class Stream(StreamingResponse):
-    """Lines of JSON. `ended` is called however it ends: an iterator that was never begun, because
-    the client went at once, would not know."""
+    """Lines of JSON, or what else is said. `ended` is called however it ends: an iterator that was
+    never begun, because the client went at once, would not know."""
 
-    def __init__(self, lines: AsyncIterator[bytes], ended: Callable[[], None]) -> None:
-        super().__init__(lines, media_type="application/x-ndjson")
+    def __init__(
+        self,
+        lines: AsyncIterator[bytes | str],
+        ended: Callable[[], None],
+        media_type: str = "application/x-ndjson",
+    ) -> None:
+        super().__init__(lines, media_type=media_type)
         self._ended = ended
 
     async def __call__(self, *channel: Any) -> None:

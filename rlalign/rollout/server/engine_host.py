@@ -24,6 +24,10 @@ from rlalign.rollout.server.sequences import Counters, Refused, Sequence, Tally,
 MAX_ATTEMPTS = MAX_RESTARTS  # of one sequence: one that kills goes before the engine does
 STALL_S = 120.0
 UPDATE_TIMEOUT_S = 300.0
+OTHERWISE = (
+    "the engine died, and what it had drawn and told came out otherwise the second time: the "
+    "weights are others by now; ask again"
+)
 NOT_BEGUN = {"ids": [], "logp": [], "spans": [], "finish": "abort"}  # of a draw, when it is aborted
 
 
@@ -116,13 +120,14 @@ class EngineHost:
         return min(mine, default=self.next_number)
 
     def cancel(self, sequences: Iterable[Sequence]) -> None:
-        """Forget sequences nobody waits for any more."""
+        """Forget sequences nobody waits for any more. What was told of them counts as drawn."""
         running, queued = [], set()
         for sequence in sequences:
             if sequence.result.done() and not sequence.result.cancelled():
                 sequence.result.exception()  # seen: nobody else will ask
                 continue
-            sequence.result.cancel()
+            if sequence.result.cancel() and sequence.ids:
+                self._count(sequence.job, len(sequence.ids))
             if self._in_flight.pop(sequence.number, None):
                 running.append(sequence.number)
             else:
@@ -150,8 +155,8 @@ class EngineHost:
             if self.queue.next_job(full) is None:
                 break
             sequence = self.queue.pop(full)
-            sequence.number, self.next_number = self.next_number, self.next_number + 1
-            sequence.attempts += 1
+            sequence.begin(self.next_number)
+            self.next_number += 1
             self._in_flight[sequence.number] = sequence
             self.keeper.send({**sequence.message, "job": sequence.job, "seq": sequence.number})
         if not self._in_flight:
@@ -281,13 +286,27 @@ class EngineHost:
             if self._answer is not None and not self._answer.done():
                 self._answer.set_result(message)
             return
+        if message["kind"] == "partial":
+            return self._grew(message["news"])
         sequence = self._in_flight.pop(message["seq"], None)
         if sequence is not None and not sequence.result.done():
             if message["kind"] == "failed":
                 sequence.result.set_exception(Refused(message["error"]))
+            elif not sequence.end(message):
+                sequence.result.set_exception(EngineLost(OTHERWISE))
             else:
                 self._count(sequence.job, len(message.get("ids", ())))
                 sequence.result.set_result(message)
+        self._pump()
+
+    def _grew(self, news: list[list[Any]]) -> None:
+        """What sequences that are told as they grow have drawn since."""
+        for number, *drawn in news:
+            sequence = self._in_flight.get(number)
+            if sequence is not None and not sequence.grow(*drawn):
+                sequence.result.set_exception(EngineLost(OTHERWISE))
+                del self._in_flight[number]
+                self.keeper.send({"kind": "abort", "seqs": [number]})
         self._pump()
 
     def _count(self, job: str, tokens: int) -> None:

@@ -144,7 +144,7 @@ class EngineKeeper:
                 return f"the engine hung: it said nothing for {silent:.0f} s (stall_s)"
 
     def _took(self, message: dict[str, Any]) -> None:
-        if self.up.is_set():
+        if self.up.is_set() and message["kind"] != "partial":
             self._deaths = 0  # it does what it is asked for; a replay proves nothing yet
         self._owner.took(message)
 

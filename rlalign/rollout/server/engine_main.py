@@ -3,7 +3,8 @@
 Started by `engine_host` as a plain script (rlalign/process.py). Between two steps of vLLM it takes
 in whatever has arrived, so sequences of any job join the running batch at once. Messages to it:
 
-    {"kind": "draw", "job": "a", "seq": 7, "ids": [..], "seed": 3, "params": {..}}    one sequence
+    {"kind": "draw", "job": "a", "seq": 7, "ids": [..], "seed": 3, "params": {..}}    one sequence;
+                                             with "partial": true, its tokens are told as they come
     {"kind": "score", "job": "a", "seq": 8, "ids": [..]}
     {"kind": "abort", "seqs": [7]}
     {"kind": "update", "job": "a", "source": {..}, "version": 4, "in_flight": "wait"}
@@ -12,7 +13,9 @@ in whatever has arrived, so sequences of any job join the running batch at once.
                                              a folder with a LoRA adapter; null: none any more
 
 and from it `ready`, `done` and `failed` (of a sequence), `updated` and `refused` (of the last two),
-and every few seconds `alive`.
+every few seconds `alive`, and what was drawn since it was last told, with the last token's version:
+
+    {"kind": "partial", "news": [[7, ids, logp, version], ..]}
 """
 
 from __future__ import annotations
@@ -31,6 +34,7 @@ from typing import Any
 
 ALIVE_S = 2.0  # between two signs of life
 IDLE_S = 1.0  # between two looks at the socket while nothing runs
+TELL_S = 0.05  # between two partial messages: it reads as a flow; 0.01 costs twice as much
 CONTINUED = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of continuations are far apart
 
 
@@ -85,25 +89,34 @@ def start(setup: dict[str, Any]) -> Any:
 
 @dataclass
 class Running:
-    """A sequence in vLLM, and what it had drawn when it was last interrupted."""
+    """A sequence in vLLM, and what is known of its tokens."""
 
     message: dict[str, Any]
     adapter: Any
     ids: list[int] = field(default_factory=list)
     logp: list[float] = field(default_factory=list)
     spans: list[list[int]] = field(default_factory=list)  # [tokens, version that drew them]
+    before: int = 0  # tokens that vLLM did not draw but was given, when it was last interrupted
+    told: int = 0  # tokens, in partial messages
 
     @property
     def scored(self) -> bool:
         return self.message["kind"] == "score"
 
+    @property
+    def known(self) -> int:
+        """Of the tokens that vLLM drew."""
+        return len(self.ids) - self.before
+
     def take_in(self, ids: list[int], logp: list[float], version: int) -> None:
         """What vLLM drew since, under `version`."""
+        if not ids:
+            return
         self.ids += ids
         self.logp += logp
         if self.spans and self.spans[-1][1] == version:
             self.spans[-1][0] += len(ids)
-        elif ids:
+        else:
             self.spans.append([len(ids), version])
 
 
@@ -113,6 +126,8 @@ class Engine:
     def __init__(self, channel: Any, stream: Any, receiver: Any) -> None:
         self._channel, self._stream, self._receiver = channel, stream, receiver
         self._running: dict[int, Running] = {}
+        self._partial: set[int] = set()  # those of them whose tokens are told as they come
+        self._told = 0.0  # when they were
         self._adapters: dict[str, Any] = {}  # by job
 
     def run(self) -> None:
@@ -129,6 +144,8 @@ class Engine:
             if self._stream.unfinished:
                 for output in self._stream.step():
                     self._give(output)
+                if self._partial and time.monotonic() - self._told > TELL_S:
+                    self._tell()
 
     def _take(self, message: dict[str, Any]) -> None:
         from rlalign.rollout.engine import EngineError
@@ -174,7 +191,7 @@ class Engine:
                 digest = self._adapters[job].version.digest
             for seq in mine if message["in_flight"] != "wait" else ():
                 self._running[seq].adapter = self._adapters.get(job)
-        for adapter in before:
+        for adapter in {id(adapter): adapter for adapter in before}.values():
             self._unload(adapter)
         self._channel.send({"kind": "updated", "digest": digest})
 
@@ -183,18 +200,17 @@ class Engine:
         """With these sequences out of vLLM. Afterwards those of the job that sent the update end
         there, with `in_flight` abort; the others go on: their next token is drawn from the weights
         in use then, over caches that are computed anew."""
-        interrupted = self._stream.interrupt([*map(str, seqs)])
-        for seq, (ids, logp) in zip(seqs, interrupted, strict=True):
-            running = self._running[seq]
-            if not running.scored:
-                running.take_in(ids, logp, self._version(running.adapter))
+        self._stream.check_usable()
+        for seq in seqs:
+            self._look(seq, self._running[seq])
+        self._stream.abort([*map(str, seqs)])
         ends = False
         try:
             yield
             ends = message["in_flight"] == "abort"
         finally:
             for seq in seqs:
-                running = self._running.pop(seq)
+                running = self._pop(seq)
                 if ends and not running.scored and running.message["job"] == message["job"]:
                     self._send_drawn(seq, running, "abort")
                 else:
@@ -214,14 +230,15 @@ class Engine:
     def _abort(self, seqs: list[int]) -> None:
         self._stream.abort([str(seq) for seq in seqs])
         for seq in seqs:
-            running = self._running.pop(seq, None)
-            self._unload(running.adapter if running else None)
+            if seq in self._running:
+                self._unload(self._pop(seq).adapter)
 
     def _add(self, seq: int, running: Running) -> None:
         from rlalign.rollout.engine import SamplingParams
 
         stream, message = self._stream, running.message
         ids, drawn = message["ids"], len(running.ids)
+        running.before = drawn
         if running.scored:
             stream.limits.check_ids(ids, 0, "the sequence to score")
             ids, params = ids[:-1], stream.scoring(ids[-1])
@@ -236,18 +253,46 @@ class Engine:
             ids, params = [*ids, *running.ids], stream.sampling(left, seed)
         stream.add(str(seq), ids, params, running.adapter)
         self._running[seq] = running
+        if message.get("partial"):
+            self._partial.add(seq)
+
+    def _pop(self, seq: int) -> Running:
+        self._partial.discard(seq)
+        return self._running.pop(seq)
+
+    def _look(self, seq: int, running: Running) -> None:
+        """Take in what a running sequence has drawn."""
+        if not running.scored:
+            ids, logp = self._stream.drawn(str(seq), running.known)
+            running.take_in(ids, logp, self._version(running.adapter))
+
+    def _tell(self) -> None:
+        """Say what is new of sequences that are told as they grow. Log-probs that are not finite
+        are kept back: the sequence will fail."""
+        news = []
+        for seq in self._partial:
+            running = self._running[seq]
+            self._look(seq, running)
+            ids, logp = running.ids[running.told :], running.logp[running.told :]
+            if ids and math.isfinite(sum(logp)):
+                running.told = len(running.ids)
+                news.append([seq, ids, logp, running.spans[-1][1]])
+        self._told = time.monotonic()
+        if news:
+            self._channel.send({"kind": "partial", "news": news})
 
     def _give(self, output: Any) -> None:
         from rlalign.rollout.vllm_stream import sequence_logp
 
         seq = int(output.request_id)
-        running = self._running.pop(seq)
+        running = self._pop(seq)
         self._unload(running.adapter)
         if running.scored:
             return self._send_done(seq, sequence_logp(output))
         completion = output.outputs[0]
-        ids, logp = list(completion.token_ids), list(completion.logprobs.logprobs)
-        running.take_in(ids, logp, self._version(running.adapter))
+        ids, logp = completion.token_ids, completion.logprobs.logprobs
+        known, version = running.known, self._version(running.adapter)
+        running.take_in(ids[known:], logp[known:], version)
         self._send_drawn(seq, running, completion.finish_reason)
 
     def _send_drawn(self, seq: int, running: Running, finish: str) -> None:

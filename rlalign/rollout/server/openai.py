@@ -2,34 +2,32 @@
 policy that is being trained.
 
 A model is the served one, under whatever weights a full job has given it, or a job with an
-adapter. What names no job shares the engine with the jobs as one more of them. A stream has one
-piece of text for each choice: the engine gives sequences when they are finished.
+adapter. What names no job shares the engine with the jobs as one more of them.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 
-from rlalign.errors import RlalignError
 from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.seeds import sample_seed
-from rlalign.rollout.server.answers import UnknownModel, status_of
+from rlalign.rollout.server.answers import UnknownModel
+from rlalign.rollout.server.connected import Stream
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.jobs import JobTable
 from rlalign.rollout.server.openai_bodies import ChatBody, CompletionBody
-from rlalign.rollout.server.openai_format import ChatFormat, CompletionFormat, Format, refusal
+from rlalign.rollout.server.openai_format import ChatFormat, Choice, CompletionFormat, Format
+from rlalign.rollout.server.openai_stream import events
 from rlalign.rollout.server.sequences import Sequence
-from rlalign.rollout.server.streams import as_they_end, outcome
+from rlalign.rollout.server.streams import as_they_come, outcome
 from rlalign.rollout.server.texts import Texts
 
 JOB = "openai"  # in the queue; no lease has such an id
@@ -43,9 +41,12 @@ class OpenAi:
         self._began = int(time.time())
 
     async def models(self, request: Request) -> Any:
-        known = [{"id": name, "object": "model", "created": self._began, "owned_by": "rlalign"}
-                 for name in self._names()]  # fmt: skip
-        return {"object": "list", "data": known}
+        return {"object": "list", "data": [self._described(name) for name in self._names()]}
+
+    async def retrieve(self, request: Request) -> Any:
+        model = request.path_params["model"]
+        self._job(model)
+        return self._described(model)
 
     async def completions(self, request: Request) -> Any:
         body = CompletionBody.model_validate_json(await request.body())
@@ -71,9 +72,9 @@ class OpenAi:
         sequences = self._submit(body, prompts)
         prompt_tokens = sum(map(len, prompts))
         if body.stream:
-            events = self._events(body, sequences, prompt_tokens, form)
-            return StreamingResponse(events, media_type="text/event-stream")
-        async with contextlib.aclosing(as_they_end(self._host, sequences)) as batches:
+            told = events(self._host, self._texts, form, body, sequences, prompt_tokens)
+            return Stream(told, lambda: self._host.cancel(sequences), "text/event-stream")
+        async with contextlib.aclosing(as_they_come(self._host, sequences)) as batches:
             async for batch in batches:
                 for sequence in batch:
                     outcome(sequence)  # the first that failed speaks for all
@@ -84,7 +85,10 @@ class OpenAi:
             done = outcome(sequence)
             text = await self._texts.decode(done["ids"], body.stop, body.logp_wanted)
             tokens += text.num_tokens
-            choices.append(form.choice(i, text, done, body.logp_wanted))
+            logp = done["logp"][: text.num_tokens] if body.logp_wanted else None
+            finish = "stop" if text.stopped else done["finish"]
+            version = done["spans"][-1][1] if done["spans"] else None
+            choices.append(Choice(i, text, logp, finish, version))
         return form.whole(choices, prompt_tokens, tokens)
 
     def _submit(self, body: CompletionBody | ChatBody, prompts: list[list[int]]) -> list[Sequence]:
@@ -103,37 +107,10 @@ class OpenAi:
             }  # fmt: skip
             limits.check_params(SamplingParams(**params))
             limits.check_ids(ids, longest, f"prompt {i}")
-            message = {"kind": "draw", "ids": ids, "params": params}
+            message = {"kind": "draw", "ids": ids, "params": params, "partial": body.stream}
             for j in range(body.n):
                 ready.append(({**message, "seed": sample_seed(seed, str(i), j, 0)}, longest))
         return self._host.submit(job, [(m, len(m["ids"]) + longest) for m, longest in ready])
-
-    async def _events(
-        self,
-        body: CompletionBody | ChatBody,
-        sequences: list[Sequence],
-        prompt_tokens: int,
-        form: Format,
-    ) -> AsyncIterator[str]:
-        """Server-sent events: each choice as it ends; a comment where none does for a while."""
-        places = {sequence: i for i, sequence in enumerate(sequences)}
-        tokens = 0
-        try:
-            async with contextlib.aclosing(as_they_end(self._host, sequences)) as batches:
-                async for batch in batches:
-                    if not batch:
-                        yield ": alive\n\n"
-                    for sequence in batch:
-                        done = outcome(sequence)
-                        text = await self._texts.decode(done["ids"], body.stop, body.logp_wanted)
-                        tokens += text.num_tokens
-                        for choice in form.parts(places[sequence], text, done, body.logp_wanted):
-                            yield _event(form.part([choice]))
-            if body.stream_options is not None and body.stream_options.include_usage:
-                yield _event(form.part([], prompt_tokens, tokens))
-            yield "data: [DONE]\n\n"
-        except (RlalignError, TimeoutError) as error:
-            yield _event(refusal(status_of(error), str(error)))
 
     def _job(self, model: str) -> str:
         """Under which job's name a request for `model` runs. Raises UnknownModel with those there
@@ -148,12 +125,11 @@ class OpenAi:
         what = f"{len(found)} jobs are called" if found else "there is no model"
         raise UnknownModel(f"{what} {model!r}; choose one of {', '.join(self._names())}")
 
+    def _described(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._began, "owned_by": "rlalign"}
+
     def _names(self) -> list[str]:
         """Of the models: jobs with an adapter by name, by id where others have the name too."""
         adapted = [job for job in self._jobs if job.kind == "lora"]
         count = Counter([self._model, *(job.name for job in adapted)])
         return [self._model, *(j.name if count[j.name] == 1 else j.id for j in adapted)]
-
-
-def _event(content: dict[str, Any]) -> str:
-    return f"data: {json.dumps(content)}\n\n"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
@@ -24,6 +25,19 @@ def refusal(status: int, reason: str) -> dict[str, Any]:
     return {"error": {"message": reason, "type": kind, "code": code}}
 
 
+@dataclass(frozen=True)
+class Choice:
+    """A choice, or what one event of a stream adds to it: then `offset` is how many characters went
+    before, and all but the last have no `finish`. `version` is that of the last token drawn."""
+
+    index: int
+    text: Text
+    logp: list[float] | None  # of the text's tokens, where they are wanted
+    finish: str | None
+    version: int | None
+    offset: int = 0
+
+
 class Format:
     """One answer of a route: what its parts are called."""
 
@@ -37,37 +51,43 @@ class Format:
             "model": model,
         }  # fmt: skip
 
-    def choice(self, index: int, text: Text, done: dict[str, Any], logp: bool) -> dict[str, Any]:
-        """A choice of a whole answer. `done` is the engine's message; with `logp`, the tokens'."""
+    def whole(
+        self, choices: list[Choice], prompt_tokens: int, completion_tokens: int
+    ) -> dict[str, Any]:
         return {
-            "index": index,
-            **self._content(text),
-            "logprobs": self._logprobs(text, done["logp"][: text.num_tokens]) if logp else None,
-            "finish_reason": "stop" if text.stopped else done["finish"],
-            "policy_version": done["spans"][-1][1] if done["spans"] else None,  # of its last token
+            **self._head,
+            "object": self.object,
+            "choices": [self._choice(choice) for choice in choices],
+            "usage": _usage(prompt_tokens, completion_tokens),
         }
 
-    def parts(
-        self, index: int, text: Text, done: dict[str, Any], logp: bool
-    ) -> list[dict[str, Any]]:
-        """The same, for a stream."""
-        return [self.choice(index, text, done, logp)]
+    def parts(self, choice: Choice) -> list[dict[str, Any]]:
+        """The events of a stream for what is new of a choice."""
+        return [self._part([added]) for added in self._added(choice)]
 
-    def whole(
-        self, choices: list[dict[str, Any]], prompt_tokens: int, completion_tokens: int
-    ) -> dict[str, Any]:
-        usage = _usage(prompt_tokens, completion_tokens)
-        return {**self._head, "object": self.object, "choices": choices, "usage": usage}
+    def last(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+        """A stream's last event, where its usage is wanted."""
+        return {**self._part([]), "usage": _usage(prompt_tokens, completion_tokens)}
 
-    def part(self, choices: list[dict[str, Any]], *tokens: int) -> dict[str, Any]:
-        """One event of a stream. `tokens` of prompts and completions belong to the last."""
-        usage = {"usage": _usage(*tokens)} if tokens else {}
-        return {**self._head, "object": self.object_part, "choices": choices, **usage}
+    def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {**self._head, "object": self.object_part, "choices": choices}
+
+    def _choice(self, choice: Choice) -> dict[str, Any]:
+        return {
+            "index": choice.index,
+            **self._content(choice.text),
+            "logprobs": None if choice.logp is None else self._logprobs(choice, choice.logp),
+            "finish_reason": choice.finish,
+            "policy_version": choice.version,
+        }
+
+    def _added(self, choice: Choice) -> list[dict[str, Any]]:
+        return [self._choice(choice)]
 
     def _content(self, text: Text) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _logprobs(self, text: Text, logp: list[float]) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, logp: list[float]) -> dict[str, Any]:
         raise NotImplementedError
 
 
@@ -77,10 +97,11 @@ class CompletionFormat(Format):
     def _content(self, text: Text) -> dict[str, Any]:
         return {"text": text.text}
 
-    def _logprobs(self, text: Text, logp: list[float]) -> dict[str, Any]:
-        offsets = list(accumulate((len(piece) for piece in text.pieces), initial=0))[:-1]
+    def _logprobs(self, choice: Choice, logp: list[float]) -> dict[str, Any]:
+        pieces = choice.text.pieces
+        offsets = list(accumulate((len(piece) for piece in pieces), initial=choice.offset))[:-1]
         return {
-            "tokens": list(text.pieces), "token_logprobs": logp, "top_logprobs": None,
+            "tokens": list(pieces), "token_logprobs": logp, "top_logprobs": None,
             "text_offset": offsets,
         }  # fmt: skip
 
@@ -91,26 +112,31 @@ class ChatFormat(Format):
     def _content(self, text: Text) -> dict[str, Any]:
         return {"message": {"role": "assistant", "content": text.text, "refusal": None}}
 
-    def _logprobs(self, text: Text, logp: list[float]) -> dict[str, Any]:
+    def _logprobs(self, choice: Choice, logp: list[float]) -> dict[str, Any]:
         return {
             "content": [
                 {
                     "token": piece, "logprob": value, "bytes": list(piece.encode()),
                     "top_logprobs": [],
                 }
-                for piece, value in zip(text.pieces, logp, strict=True)
+                for piece, value in zip(choice.text.pieces, logp, strict=True)
             ],
             "refusal": None,
         }  # fmt: skip
 
-    def parts(
-        self, index: int, text: Text, done: dict[str, Any], logp: bool
-    ) -> list[dict[str, Any]]:
-        whole = self.choice(index, text, done, logp)
-        delta = {"role": "assistant", "content": text.text}
-        last = {key: whole[key] for key in ("index", "finish_reason", "policy_version")}
-        first = {"index": index, "delta": delta, "logprobs": whole["logprobs"]}
-        return [{**first, "finish_reason": None}, {**last, "delta": {}, "logprobs": None}]
+    def _added(self, choice: Choice) -> list[dict[str, Any]]:
+        """The first one names the role; what ends the choice comes by itself."""
+        plain = self._choice(choice)
+        del plain["message"]
+        delta = {"content": choice.text.text}
+        if not choice.offset:
+            delta = {"role": "assistant", **delta}
+        added = []
+        if choice.text.num_tokens or not choice.offset:
+            added.append({**plain, "delta": delta, "finish_reason": None})
+        if choice.finish is not None:
+            added.append({**plain, "delta": {}, "logprobs": None})
+        return added
 
 
 def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:

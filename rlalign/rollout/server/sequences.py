@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +16,8 @@ class Refused(RlalignError):
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence to draw or score, and where its result goes."""
+    """One sequence to draw or score, and where its result goes; with "partial" in the message, also
+    what is drawn so far."""
 
     job: str
     message: dict[str, Any]  # for the engine, without its number
@@ -23,6 +25,40 @@ class Sequence:
     result: asyncio.Future[dict[str, Any]]
     attempts: int = 0
     number: int = -1
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    version: int | None = None  # of the last token
+    heard: int = 0  # tokens of the attempt that runs
+    on_growth: Callable[[], None] | None = None
+
+    def begin(self, number: int) -> None:
+        """Another attempt, under this number."""
+        self.number, self.heard = number, 0
+        self.attempts += 1
+
+    def grow(self, ids: list[int], logp: list[float], version: int | None) -> bool:
+        """Take in what this attempt drew since. False: a former one had drawn something else."""
+        known = self.ids[self.heard : self.heard + len(ids)]
+        if ids[: len(known)] != known:
+            return False
+        self.heard += len(ids)
+        if len(ids) > len(known):
+            self.ids += ids[len(known) :]
+            self.logp += logp[len(known) :]
+            self.version = version
+            if self.on_growth is not None:
+                self.on_growth()
+        return True
+
+    def end(self, message: dict[str, Any]) -> bool:
+        """Take in the rest. False: a former attempt had drawn something else, or more; that is the
+        update's doing where it aborted this one."""
+        if not self.message.get("partial"):
+            return True
+        spans, new = message["spans"], slice(self.heard, None)
+        version = spans[-1][1] if spans else None
+        same = self.grow(message["ids"][new], message["logp"][new], version)
+        return same and (self.heard == len(self.ids) or message["finish"] == "abort")
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ waits in line there, behind the loading.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -52,9 +52,15 @@ class Texts:
     async def decode(self, ids: Sequence[int], stop: Sequence[str], by_token: bool) -> Text:
         """The text of a completion, cut where the first of the strings `stop` begins. Without
         either, and unless it is wanted `by_token`, it comes without pieces, and faster."""
-        if stop or by_token:
-            return await self._run(lambda: cut(pieces(self._tokenizer, ids), stop))
-        return await self._run(lambda: Text(_decoded(self._tokenizer, ids), len(ids)))
+        return await self._run(lambda: read_whole(self._tokenizer, ids, stop, by_token))
+
+    async def readers(self, count: int, stop: Sequence[str]) -> list[Reader]:
+        """For as many completions that are read while they grow."""
+        return await self._run(lambda: [Reader(self._tokenizer, stop) for _ in range(count)])
+
+    async def read(self, grown: Sequence[tuple[Reader, Sequence[int], bool]]) -> list[Text]:
+        """What new tokens add to the texts of their readers; with True, they are the last."""
+        return await self._run(lambda: [reader.read(ids, last) for reader, ids, last in grown])
 
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -67,35 +73,83 @@ class Texts:
         return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
 
-def pieces(tokenizer: Any, ids: Sequence[int]) -> Iterator[tuple[str, str]]:
-    """For each token: what it adds to the text, and what would be added if it were the last.
+def read_whole(tokenizer: Any, ids: Sequence[int], stop: Sequence[str], by_token: bool) -> Text:
+    """As Texts.decode. What is no text comes out as it does token by token, for the tokenizers that
+    judge by what stands next to it (ByteFallback)."""
+    if not (stop or by_token):
+        text = _decoded(tokenizer, ids)
+        if INCOMPLETE not in text:
+            return Text(text, len(ids))
+    return Reader(tokenizer, stop).read(ids, last=True)
 
-    A character can be made of several tokens, and the first word of a text can lose its blank, so
-    each token is decoded with those since the last whole character, and these with the ones before.
+
+class Reader:
+    """Reads a completion as it grows: however its tokens are dealt out, the texts that it gives
+    make up the same one.
+
+    A token is held back while what it adds may still change: it is a part of a character, or may
+    be the beginning of one of the strings `stop`.
     """
-    start = read = 0
-    for end in range(1, len(ids) + 1):
-        known, text = (_decoded(tokenizer, ids[start:to]) for to in (read, end))
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._longest = max(map(len, stop), default=0)
+        self._ids: list[int] = []  # the last that made up whole characters, and those since
+        self._whole = 0  # how many of them did
+        self._held: list[str] = []  # pieces of tokens that were not given yet
+        self._text = ""  # which they make up
+        self._rest = ""  # what would come after it if there were no more tokens
+
+    def read(self, ids: Sequence[int], last: bool) -> Text:
+        """What is certain now; with `last`, all there is. After a stop string nothing is read."""
+        text, begin = self._text, 0  # a stop string begins behind what was given
+        for token in ids:
+            piece = self._piece(token)
+            text += piece
+            self._held.append(piece)
+            found = min((i for s in self._stop if (i := text.find(s, begin)) >= 0), default=-1)
+            if found >= 0:
+                return Text(text[:found], len(self._held), _shortened(self._held, found), True)
+            begin = max(0, len(text) - self._longest + 1)
+        if last:
+            ends = (piece + self._rest for piece in self._held[-1:])
+            return Text(text + self._rest, len(self._held), (*self._held[:-1], *ends))
+        given = self._certain(text)
+        whole = Text("".join(given), len(given), tuple(given))
+        self._text, self._held = text[len(whole.text) :], self._held[len(given) :]
+        return whole
+
+    def _piece(self, token: int) -> str:
+        """What a token adds to the text, and into `_rest` what is left open.
+
+        A character can be made of several tokens, and the first word of a text can lose its blank,
+        so each token is decoded with those since the last whole character, and these with the ones
+        before.
+        """
+        self._ids.append(token)
+        known, text = _decoded(self._tokenizer, self._ids[: self._whole]), self._decoded()
         if len(text) > len(known) and not text.endswith(INCOMPLETE):
-            start, read = read, end
-            yield text[len(known) :], ""
-        else:
-            yield "", text[len(known) :]
+            self._ids, self._rest = self._ids[self._whole :], ""
+            self._whole = len(self._ids)
+            return text[len(known) :]
+        self._rest = text[len(known) :]
+        return ""
 
+    def _certain(self, text: str) -> list[str]:
+        """The pieces that neither another token nor a stop string changes."""
+        ahead = range(max(0, len(text) - self._longest + 1), len(text))
+        certain = next((i for i in ahead if any(s.startswith(text[i:]) for s in self._stop)), None)
+        left = len(text) if certain is None else certain
+        count = 0
+        for i, piece in enumerate(self._held, 1):
+            left -= len(piece)
+            if left < 0:
+                break
+            count = i if piece else count  # one without a piece belongs to the character it begins
+        return self._held[:count]
 
-def cut(parts: Iterator[tuple[str, str]], stop: Sequence[str]) -> Text:
-    """The text up to the first of `stop`, with the tokens up to the one that completes it."""
-    taken: list[str] = []
-    text, tail, longest = "", "", max(map(len, stop), default=0)
-    for piece, rest in parts:
-        tail = rest
-        begin = max(0, len(text) - longest + 1)
-        text += piece
-        taken.append(piece)
-        found = min((i for s in stop if (i := text.find(s, begin)) >= 0), default=-1)
-        if found >= 0:
-            return Text(text[:found], len(taken), _shortened(taken, found), stopped=True)
-    return Text(text + tail, len(taken), (*taken[:-1], *(piece + tail for piece in taken[-1:])))
+    def _decoded(self) -> str:
+        return _decoded(self._tokenizer, self._ids)
 
 
 def _shortened(taken: list[str], length: int) -> tuple[str, ...]:
