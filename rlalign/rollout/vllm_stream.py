@@ -176,15 +176,7 @@ class VllmStream:
         not finite (see staging.py) and when vLLM fails to load them.
         """
         self.check_usable()
-        try:
-            digest = self._stage.receive(parameters)
-        except EngineError:
-            raise
-        except Exception as error:  # of torch or of the channel; vLLM has seen nothing
-            raise EngineError(
-                f"weights of version {version} cannot be read: {type(error).__name__}: {error}. "
-                "The old ones stay in use."
-            ) from error
+        digest = self._stage.receive(parameters)
         if "weights" in self._sleeping:
             self._engine.wake_up(["weights"])
             self._sleeping.remove("weights")

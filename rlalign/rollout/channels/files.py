@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
@@ -31,18 +32,14 @@ class MemoryChannel:
         folder = self._spool / str(version)
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            try:
+            with _named(folder):
                 folder.mkdir(mode=0o700)
-                for name, content in _files(weights, self._adapter):
+            for name, content in _files(weights, self._adapter):
+                with _named(folder):
                     if isinstance(content, bytes):
                         (folder / name).write_bytes(content)
                     else:
                         save_file(content, folder / name)
-            except (OSError, SafetensorError) as error:
-                raise EngineError(
-                    f"weights cannot be written to {folder}: {error}. Make room there; the server "
-                    "still has the old ones, if the job's lease lasts"
-                ) from error
             return post({"channel": "files"})
         except BaseException:  # what the server has taken is out of our reach
             shutil.rmtree(folder, ignore_errors=True)
@@ -65,6 +62,17 @@ class UploadChannel:
         return post({"channel": "files"})
 
     def close(self) -> None: ...
+
+
+@contextlib.contextmanager
+def _named(folder: Path):
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise EngineError(
+            f"weights cannot be written to {folder}: {error}. Make room there; the server still "
+            "has the old ones, if the job's lease lasts"
+        ) from error
 
 
 def _files(

@@ -171,10 +171,22 @@ class Engine:
             if message["source"] is None:
                 got = self._stream.reset_weights()
             else:
-                weights = self._receiver.receive(message["source"])
-                with contextlib.closing(weights):
-                    got = self._stream.update_weights(weights, message["version"])
+                got = self._load(message["source"], message["version"])
         self._channel.send({"kind": "updated", "digest": got.digest})
+
+    def _load(self, source: dict[str, Any], version: int) -> Any:
+        from rlalign.rollout.engine import EngineError
+
+        try:
+            with contextlib.closing(self._receiver.receive(source)) as weights:
+                return self._stream.update_weights(weights, version)
+        except EngineError:
+            raise
+        except Exception as error:  # of torch or of the channel; vLLM has seen nothing
+            raise EngineError(
+                f"weights of version {version} cannot be read: {type(error).__name__}: {error}. "
+                "The old ones stay in use."
+            ) from error
 
     def _adapt(self, message: dict[str, Any]) -> None:
         """Sequences of the job from now on have this adapter. Those that run keep theirs, unless
