@@ -62,19 +62,21 @@ def test_two_processes_share_a_lease_and_take_the_steps_of_one(tmp_path):
     shape = {"hidden": 64, "heads": 2, "kv_heads": 1, "layers": 2, "max_positions": 64}
     model = write_random_model(tmp_path / "model", "qwen2", **shape)
     server = LiveServer(model, tmp_path, "max_len=64")
-    on_it = [
-        f"model.path={model}", "rollout.engine=server",
-        f"rollout.server.name={server.connection}",
-    ]  # fmt: skip
-    alone = rlalign.train(tiny_config(tmp_path / "one", [*OVERRIDES, *on_it]), quiet=True)
-    two = launch(tmp_path / "two", "trainer.zero_stage=3", *on_it)
-    for one, other in zip(rows_of(alone.path), rows_of(two), strict=True):
-        assert other["reward"] == pytest.approx(one["reward"], abs=1e-6)
-        assert other["optim/grad_norm"] == pytest.approx(one["optim/grad_norm"], rel=1e-4)
-        assert other["policy/version"] == one["policy/version"]
-        assert other["sampling/check_logp_diff"] < 1e-3
-    assert server.state()["jobs"] == []
-    assert server.close() == 0
+    try:
+        on_it = [
+            f"model.path={model}", "rollout.engine=server",
+            f"rollout.server.name={server.connection}",
+        ]  # fmt: skip
+        alone = rlalign.train(tiny_config(tmp_path / "one", [*OVERRIDES, *on_it]), quiet=True)
+        two = launch(tmp_path / "two", "trainer.zero_stage=3", *on_it)
+        for one, other in zip(rows_of(alone.path), rows_of(two), strict=True):
+            assert other["reward"] == pytest.approx(one["reward"], abs=1e-6)
+            assert other["optim/grad_norm"] == pytest.approx(one["optim/grad_norm"], rel=1e-4)
+            assert other["policy/version"] == one["policy/version"]
+            assert other["sampling/check_logp_diff"] < 1e-3
+        assert server.state()["jobs"] == []
+    finally:
+        assert server.close() == 0
 
 
 FAILURES = {  # what fails on which process only, and what every process says then
