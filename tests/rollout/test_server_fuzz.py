@@ -76,7 +76,7 @@ BAD: dict[str, dict[str, list[Any]]] = {  # by route and field; each value alone
         "params.temperature": [*(w for w in WRONG if w != 1.5), -0.1, 2.1, 0.001, 1e-300],
         "params.top_p": [*WRONG, 0, 1.0001],
         "params.top_k": [*WRONG, 2**31],
-        "params.stop_token_ids": [*WRONG, [-1], [2**31], [0] * 1001],
+        "params.stop_token_ids": [*WRONG, [-1], [262], [2**31], [0] * 1001],
         "params.ignore_eos": [w for w in WRONG if w is not True],
     },
     "/score": {"sequences": [*(w for w in WRONG), [[]], [5], [[5, -1]]], "sequences.0": ID_LISTS},
