@@ -423,3 +423,25 @@ def test_a_slow_update_is_not_taken_for_a_hang(run):
         assert len(w.plan.processes) == 1
 
     run(story, stall_s=0.4)
+
+
+def test_a_job_whose_weights_died_is_told_and_gets_nothing_until_it_sends_them(run):
+    async def story(w: World) -> None:
+        job = await w.job()
+        w.plan.on_message = lambda engine, message: (
+            message["kind"] == "update"
+            and message["source"] is not None
+            and bool(engine.give({"kind": "updated", "digest": "d"}) or True)
+        )
+        sent = {"version": 3, "channel": "ipc"}
+        assert (await w.http.post(f"/v1/jobs/{job}/weights", json=sent)).status_code == 200
+        beat = (await w.http.post(f"/v1/jobs/{job}/heartbeat")).json()
+        assert (beat["version"], beat["digest"]) == (3, "d")
+        w.plan.engine.kill()
+        await until(lambda: len(w.plan.processes) == 2 and w.host.alive)
+        assert (await w.http.post(f"/v1/jobs/{job}/heartbeat")).json()["digest"] == ""
+        assert (await w.draw(job)).status_code == 410
+        assert (await w.http.post(f"/v1/jobs/{job}/weights", json=sent)).status_code == 200
+        assert lines(await w.draw(job))[0]["finish"] == "stop"
+
+    run(story)

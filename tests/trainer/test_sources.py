@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import random
 import threading
@@ -15,7 +16,8 @@ import torch
 
 from rlalign.config.schema import AlgoConfig
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams, WeightsLost
-from rlalign.trainer.sources import AsTheyEnd
+from rlalign.trainer import sources
+from rlalign.trainer.sources import AsTheyEnd, InOrder
 from rlalign.types import Group, Prompt, Sample, Scores, VersionSpan
 
 
@@ -183,6 +185,24 @@ def test_every_prompt_trains_once_whatever_the_order_the_losses_and_the_resumes(
     assert len(trained) == len(set(trained)) == 3 * 6 * count
     missing = {str(p) for p in range(progress["cursor"])} - set(trained)
     assert missing == {str(p) for p in progress["carried"]}
+
+
+def test_a_run_resumed_without_oversampling_begins_with_what_was_carried(monkeypatch):
+    seen: list[str] = []
+    monkeypatch.setattr(sources, "roll_out", lambda e, s, prompts, *_: seen.extend(prompts))
+    job = make_job(cursor=9, carried=[3, 7])
+    job.rollout, job.world, job.sampling = None, None, contextlib.nullcontext
+    source = InOrder(job)
+    source.next(3, 0, Counter())
+    source.rewind()  # the weights were lost
+    assert (source.cursor, source.carried) == (9, [3, 7])
+    seen.clear()
+    source.next(3, 0, Counter())
+    source.commit()
+    source.next(2, 1, Counter())
+    source.rewind()
+    assert [prompt.id for prompt in seen] == ["3", "7", "9", "10", "11"]  # type: ignore[attr-defined]
+    assert (source.cursor, source.carried) == (10, [])
 
 
 def test_an_engine_that_fails_ends_the_step_with_its_words():

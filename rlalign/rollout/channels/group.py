@@ -233,5 +233,6 @@ def _movable(tensor: torch.Tensor, backend: str) -> torch.Tensor:
 
 def _address_to(source: dict[str, Any]) -> str:
     """Ours, on the way to the trainer."""
-    with socket.create_connection((source["host"], source["port"])) as connection:
+    there = source["host"], source["port"]
+    with socket.create_connection(there, CONNECT_TIMEOUT.total_seconds()) as connection:
         return connection.getsockname()[0]
