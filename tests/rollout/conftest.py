@@ -26,6 +26,21 @@ def tokenizer(folder: Path):
     return AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="module")
+def client(server):
+    """OpenAI's own client of the module's `server`."""
+    openai = pytest.importorskip("openai")
+    key = server.tokens["generate"]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def model(folder: Path) -> str:
+    """The name of what the module's server serves."""
+    return str(folder)
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch):
     """Runs a scenario against a server of its own; one that hangs is a failure."""

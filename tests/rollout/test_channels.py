@@ -19,6 +19,7 @@ from rlalign.rollout.channels.ipc import IpcChannel, receive
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams, WeightsLost
 from rlalign.trainer.publish import check_engine, publish
 from tests.rollout.live_server import LiveServer
+from tests.rollout.test_server import moved
 
 pytestmark = [
     pytest.mark.xdist_group("server"),
@@ -38,15 +39,6 @@ def server(folder: Path, tmp_path_factory) -> Iterator[LiveServer]:
     server = LiveServer(folder, tmp_path_factory.mktemp("server"), *options)
     yield server
     assert server.close() == 0, server.log.read_text()
-
-
-@torch.no_grad()
-def moved(folder: Path, seed: int):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    rng = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
-    return model
 
 
 @torch.no_grad()

@@ -38,18 +38,6 @@ def server(folder: Path, tmp_path_factory) -> Iterator[LiveServer]:
     assert server.close() == 0, server.log.read_text()
 
 
-@pytest.fixture(scope="module")
-def client(server: LiveServer):
-    key = server.tokens["generate"]
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=key, max_retries=0) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
-def model(folder: Path) -> str:
-    return str(folder)
-
-
 def greedy(reference, ids: list[int], length: int) -> list[int]:
     ids = list(ids)
     with torch.no_grad():

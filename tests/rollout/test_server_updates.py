@@ -18,6 +18,7 @@ from rlalign.models.lora import adapter_config, adapter_weights, attach_lora
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
 from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Sample
 from tests.rollout.live_server import LiveServer
+from tests.rollout.test_server import moved
 
 pytestmark = [
     pytest.mark.xdist_group("server"),
@@ -35,15 +36,6 @@ def server(folder: Path, tmp_path_factory) -> Iterator[LiveServer]:
     server = LiveServer(folder, tmp_path_factory.mktemp("server"), "vllm.max_loras=2")
     yield server
     assert server.close() == 0, server.log.read_text()
-
-
-def moved(folder: Path, seed: int):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=rng))
-    return model
 
 
 def adapted(folder: Path, seed: int):
