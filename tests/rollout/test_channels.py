@@ -20,6 +20,7 @@ from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams,
 from rlalign.trainer.publish import check_engine, publish
 from tests.rollout.live_server import LiveServer
 from tests.rollout.test_server import moved
+from tests.rollout.test_server_lora import adapted
 
 pytestmark = [
     pytest.mark.xdist_group("server"),
@@ -173,12 +174,7 @@ def test_weights_in_files_come_back_with_the_engine(server, folder, tokenizer, c
 
 @pytest.mark.parametrize("channel", ["memory", "upload"])
 def test_adapters_go_as_files(server, folder, tokenizer, channel):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    attach_lora(model, LoraConfig(rank=4, alpha=64), 0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape))
+    model = adapted(folder, 0)
     with server.client(tokenizer, "l", adapter_config(model), channel=channel) as engine:
         assert engine.capabilities.adapter_only
         publish(engine, adapter_weights(model), 1)

@@ -11,14 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
-from rlalign.config.schema import LoraConfig
-from rlalign.models.lora import adapter_config, adapter_weights, attach_lora
+from rlalign.models.lora import adapter_config, adapter_weights
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
 from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Sample
 from tests.rollout.live_server import LiveServer
 from tests.rollout.test_server import moved
+from tests.rollout.test_server_lora import adapted
 
 pytestmark = [
     pytest.mark.xdist_group("server"),
@@ -36,17 +35,6 @@ def server(folder: Path, tmp_path_factory) -> Iterator[LiveServer]:
     server = LiveServer(folder, tmp_path_factory.mktemp("server"), "vllm.max_loras=2")
     yield server
     assert server.close() == 0, server.log.read_text()
-
-
-def adapted(folder: Path, seed: int):
-    model = AutoModelForCausalLM.from_pretrained(folder).eval()
-    attach_lora(model, LoraConfig(rank=4, alpha=64), seed)
-    rng = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=rng))
-    return model
 
 
 @torch.no_grad()
@@ -74,7 +62,12 @@ def draw_during(engine, server, action) -> list[list[Sample]]:
 
 
 def check_tokens(groups: list[list[Sample]], models: dict) -> None:
-    """Every token's log-prob is that of the model of its version."""
+    """Every token's log-prob is that of the model of its version, and no other's."""
+    [first, *others] = models.values()
+    for other in others:
+        sample = next(sample for group in groups for sample in group if sample.token_ids)
+        ids = REQUESTS[0].token_ids
+        assert (logp_of(first, ids, sample) - logp_of(other, ids, sample)).abs().max() > 0.01
     for request, group in zip(REQUESTS, groups, strict=True):
         for sample in group:
             assert sum(span.num_tokens for span in sample.spans) == len(sample.token_ids)
