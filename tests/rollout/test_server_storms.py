@@ -162,25 +162,38 @@ def test_an_adapter_lasts_as_long_as_what_began_with_it(server, folder, tokenize
     def draw(version: int) -> None:
         results[version] = engine.generate(wish, LONG)[0]
 
-    with server.client(tokenizer, adapter=adapter_config(model), ttl_s=600) as engine:
-        for version in range(1, 6):
-            update(version)
-            expected[version] = [s.token_ids for s in engine.generate(wish, LONG)[0]]
-        restarts, threads = server.state()["restarts"], []
-        for version in range(11, 16):
+    def draw_all_at_once(versions: range) -> bool:
+        """Whether the last began before the first ended: on a busy machine it may not."""
+        threads = []
+        for version in versions:
             update(version)
             threads.append(threading.Thread(target=draw, args=(version,)))
             threads[-1].start()
             count = 6 * len(threads)
-            wait_until(lambda n=count: server.state()["in_flight"] >= n)
-        assert not results, "the first ended before the last began"
+            wait_until(lambda n=count: server.state()["in_flight"] >= n or results)
+            if results:
+                break
+        in_time = not results
         for thread in threads:
             thread.join(120)
+        return in_time
+
+    with server.client(tokenizer, adapter=adapter_config(model), ttl_s=600) as engine:
+        for version in range(1, 6):
+            update(version)
+            expected[version] = [s.token_ids for s in engine.generate(wish, LONG)[0]]
+        restarts = server.state()["restarts"]
+        for first in (11, 21, 31):
+            results.clear()
+            if draw_all_at_once(range(first, first + 5)):
+                break
+        else:
+            pytest.fail("the first ended before the last began, three times")
         assert server.state()["restarts"] == restarts
-        for version in range(11, 16):
-            assert [s.spans[0].version for s in results[version]] == [version] * 6
-            assert [s.token_ids for s in results[version]] == expected[version - 10]
-        update(16)
+        for version, drawn in results.items():
+            assert {s.spans[0].version for s in drawn} == {version}
+            assert [s.token_ids for s in drawn] == expected[version % 10]
+        update(46)
         assert len(list(engine._channel._spool.iterdir())) == 1
 
 
