@@ -127,6 +127,10 @@ class TrainBatch:
     logp_ref_BT: torch.Tensor | None = None  # by the reference model; None: no KL
     # engine/trainer weights, only where they need the whole batch (algos/mismatch.py)
     rollout_is_weight_BT: torch.Tensor | None = None
+    # float32; how much a row counts beside the others, all of a group the same; None: 1 each
+    sample_weight_B: torch.Tensor | None = None
+    # float32; the share of the policy's term where it is not that of the KL and the entropy
+    policy_weight_BT: torch.Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -144,22 +148,11 @@ class TrainBatch:
         """The batch restricted to rows `index` (in that order), with columns cut to the longest of
         them."""
         at = torch.as_tensor(list(index), dtype=torch.long)
-        length_B = self.completion_len_B[at]
-        width = int(length_B.max()) if len(at) else 0
-
-        def cut(tensor: torch.Tensor | None) -> torch.Tensor | None:
-            return None if tensor is None else tensor[at][:, :width]
-
-        return TrainBatch(
-            sequences=tuple(self.sequences[i] for i in at.tolist()),
-            completion_len_B=length_B,
-            group_id_B=self.group_id_B[at],
-            mask_BT=self.mask_BT[at][:, :width],
-            reward_B=self.reward_B[at],
-            logp_rollout_BT=self.logp_rollout_BT[at][:, :width],
-            advantage_BT=cut(self.advantage_BT),
-            weight_BT=cut(self.weight_BT),
-            logp_old_BT=cut(self.logp_old_BT),
-            logp_ref_BT=cut(self.logp_ref_BT),
-            rollout_is_weight_BT=cut(self.rollout_is_weight_BT),
-        )
+        width = int(self.completion_len_B[at].max()) if len(at) else 0
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        chosen: dict[str, Any] = {
+            name: tensor[at][:, :width] if name.endswith("_BT") else tensor[at]
+            for name, tensor in values.items()
+            if isinstance(tensor, torch.Tensor)
+        }
+        return self.replace(sequences=tuple(self.sequences[i] for i in at.tolist()), **chosen)

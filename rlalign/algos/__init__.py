@@ -4,7 +4,8 @@ An algorithm is a choice of credit (which advantage for which token) and loss (w
 often a preset over the shared pieces. docs/algorithms.md is the overview.
 """
 
-from rlalign.algos.aggregate import aggregation_weights, depends_on_split
+from rlalign.algos.acceptance import accept_stats, accepted
+from rlalign.algos.aggregate import aggregation_weights, attach_weights, depends_on_split
 from rlalign.algos.base import Algorithm
 from rlalign.algos.errors import AlgoError, AlgoWarning
 from rlalign.algos.kl import estimate_kl, reward_kl
@@ -38,7 +39,10 @@ __all__ = [
     "LossOutput",
     "SamplingExhausted",
     "Selection",
+    "accept_stats",
+    "accepted",
     "aggregation_weights",
+    "attach_weights",
     "compute_advantages",
     "depends_on_split",
     "estimate_kl",

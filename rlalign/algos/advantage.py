@@ -10,6 +10,10 @@ Per group g with mean mu and standard deviation sd (ddof=1) over its n scorable 
     reinforce_plus_plus           return-to-go of 1[t last] R - beta k1_t, whitened over the valid
                                   tokens of the global batch (Hu 2025, arXiv 2501.03262)
     reinforce_plus_plus_baseline  R - mu, then the same whitening
+    raft                          1 if the sample is accepted (`allocation.accept`), else 0
+                                  (Dong et al. 2023, arXiv 2304.06767)
+    reinforce_rej                 R where the group holds both an accepted and a rejected sample,
+                                  else 0 (Xiong et al. 2025, arXiv 2504.11343)
 
 A reward that is NaN or infinite is unscorable: it enters no statistic and its own advantage is 0.
 Equal rewards give exactly 0. Statistics are taken in float64; the result has the rewards' dtype
@@ -27,6 +31,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlalign.algos.acceptance import accepted
 from rlalign.algos.errors import AlgoError
 from rlalign.algos.segments import GroupStats, group_stats, is_tied
 
@@ -41,6 +46,7 @@ class Rewards:
     """What an estimator sees: float64, zero where not valid or not inside the mask."""
 
     reward_B: Tensor
+    acc_B: Tensor  # as given
     valid_B: Tensor  # bool
     group_id_B: Tensor
     inside_BT: Tensor  # bool
@@ -74,7 +80,7 @@ def compute_advantages(
             f"algo.adv_estimator={cfg.adv_estimator!r} is none of {', '.join(ESTIMATORS)}; "
             "pass the config through rlalign.algos.resolve first"
         )
-    rewards = _prepare(reward_B, group_id_B, mask_BT, cfg, kl_BT)
+    rewards = _prepare(reward_B, acc_B, group_id_B, mask_BT, cfg, kl_BT)
     advantage_BT = estimator(rewards, cfg)
     keep_BT = rewards.inside_BT & rewards.valid_B[:, None]
     dtype = torch.promote_types(reward_B.dtype, torch.float32)
@@ -94,7 +100,12 @@ def whiten(value: Tensor, valid: Tensor, tie_tol: float) -> Tensor:
 
 
 def _prepare(
-    reward_B: Tensor, group_id_B: Tensor, mask_BT: Tensor, cfg: AlgoConfig, kl_BT: Tensor | None
+    reward_B: Tensor,
+    acc_B: Tensor,
+    group_id_B: Tensor,
+    mask_BT: Tensor,
+    cfg: AlgoConfig,
+    kl_BT: Tensor | None,
 ) -> Rewards:
     inside_BT = mask_BT.bool()
     penalty_BT = torch.zeros(mask_BT.shape, dtype=torch.float64, device=reward_B.device)
@@ -109,6 +120,7 @@ def _prepare(
     reward64_B = reward_B.detach().double()
     return Rewards(
         torch.where(valid_B, reward64_B, torch.zeros_like(reward64_B)),
+        acc_B.detach(),
         valid_B,
         group_id_B,
         inside_BT,
@@ -154,6 +166,20 @@ def _reinforce_plus_plus_baseline(rewards: Rewards, cfg: AlgoConfig) -> Tensor:
     return whiten(advantage_B[:, None].expand(valid_BT.shape), valid_BT, cfg.reward_tie_tol)
 
 
+def _raft(rewards: Rewards, cfg: AlgoConfig) -> Tensor:
+    present_B = rewards.valid_B & rewards.inside_BT.any(1)
+    taken_B = accepted(rewards.reward_B, rewards.acc_B, rewards.group_id_B, present_B, cfg)
+    return taken_B.double()[:, None].expand(rewards.inside_BT.shape)
+
+
+def _reinforce_rej(rewards: Rewards, cfg: AlgoConfig) -> Tensor:
+    present_B = rewards.valid_B & rewards.inside_BT.any(1)
+    taken_B = accepted(rewards.reward_B, rewards.acc_B, rewards.group_id_B, present_B, cfg)
+    stats = group_stats(taken_B.double(), rewards.group_id_B, present_B, 0.0)
+    advantage_B = torch.where(stats.tied_B, 0.0, rewards.sequence_level())
+    return advantage_B[:, None].expand(rewards.inside_BT.shape)
+
+
 def _without_ties(
     advantage_B: Tensor, reward_B: Tensor, stats: GroupStats, cfg: AlgoConfig
 ) -> Tensor:
@@ -176,4 +202,6 @@ ESTIMATORS: Mapping[str, Callable[[Rewards, AlgoConfig], Tensor]] = {
     "rloo": _rloo,
     "reinforce_plus_plus": _reinforce_plus_plus,
     "reinforce_plus_plus_baseline": _reinforce_plus_plus_baseline,
+    "raft": _raft,
+    "reinforce_rej": _reinforce_rej,
 }

@@ -30,6 +30,7 @@ PRESET_FIELDS = (
     "epsilon_high",
     "delta",
     "loss_agg_mode",
+    "prompt_weighting",
     "beta",
     "kl_estimator",
     "kl_in",
@@ -81,6 +82,7 @@ class Algorithm:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     paper_settings: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    allocator: str = "uniform"  # how many samples each prompt gets: algos/allocate.py
     credit: Credit = compute_advantages
     loss: Loss = policy_loss
 

@@ -1,8 +1,9 @@
 """The policy loss of one micro-batch: a weighted sum of token losses.
 
-    loss = sum_it w_it [ q_it l_it + beta kl_it - entropy_coef H_it ]
+    loss = sum_it w'_it q_it l_it + w_it [ beta kl_it - entropy_coef H_it ]
 
-w: shares of the global batch (aggregate.py). l: surrogate of ratio and advantage (surrogate.py,
+w: shares of the global batch (aggregate.py); w': those of the policy's term, w unless RAFT averages
+over what it accepts. l: surrogate of ratio and advantage (surrogate.py,
 ratio.py). q: engine/trainer correction (mismatch.py). kl: estimator (kl.py), when `kl_in=loss`.
 
 Tokens outside the mask are replaced before anything is computed from them, so log-probs of padding
@@ -54,6 +55,7 @@ class Terms:
     ref_BT: Tensor | None
     advantage_BT: Tensor
     weight_BT: Tensor
+    policy_weight_BT: Tensor
 
 
 def policy_loss(
@@ -74,11 +76,11 @@ def policy_loss(
     found = correction(terms.trainer_BT, terms.rollout_BT, terms.inside_BT, cfg)
     if corrects(cfg):
         loss_BT = loss_BT * _correction_weight(found, batch, cfg)
+    loss = (terms.policy_weight_BT * loss_BT).sum()
     if cfg.beta and cfg.kl_in == "loss":
-        loss_BT = loss_BT + cfg.beta * _kl_in_loss(terms, cfg)
+        loss = loss + cfg.beta * (terms.weight_BT * _kl_in_loss(terms, cfg)).sum()
     if cfg.entropy_coef:
-        loss_BT = loss_BT - cfg.entropy_coef * _entropy(entropy_BT, terms)
-    loss = (terms.weight_BT * loss_BT).sum()
+        loss = loss - cfg.entropy_coef * (terms.weight_BT * _entropy(entropy_BT, terms)).sum()
     metrics = _metrics(terms, clipped, entropy_BT)
     metrics |= mismatch_metrics(found, terms.trainer_BT, terms.rollout_BT, terms.inside_BT)
     return LossOutput(loss, metrics)
@@ -111,6 +113,7 @@ def _terms(logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig) -> Terms:
     ref_BT = batch.logp_ref_BT
     if ref_BT is not None or (cfg.beta and cfg.kl_in == "loss"):
         ref_BT = masked(ref_BT, "logp_ref_BT").detach()
+    weight_BT = masked(batch.weight_BT, "weight_BT").detach()
     return Terms(
         inside_BT,
         logp_BT,
@@ -119,7 +122,10 @@ def _terms(logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig) -> Terms:
         rollout_BT,
         ref_BT,
         masked(batch.advantage_BT, "advantage_BT").detach(),
-        masked(batch.weight_BT, "weight_BT").detach(),
+        weight_BT,
+        weight_BT
+        if batch.policy_weight_BT is None
+        else masked(batch.policy_weight_BT, "policy_weight_BT").detach(),
     )
 
 

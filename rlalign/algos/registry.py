@@ -1,7 +1,8 @@
 """Finding algorithms and filling configs from them.
 
-Every module of this package that defines `ALGORITHM` is an algorithm, so adding one is adding a
-file. One outside the package is named by import path: `algo.loss_type=package.module:ALGORITHM`.
+Every module of this package that defines `ALGORITHM` is an algorithm (`ALGORITHMS`: a family of
+them), so adding one is adding a file. One outside the package is named by import path:
+`algo.loss_type=package.module:ALGORITHM`.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from rlalign.algos.loss import LossOutput, corrects
 from rlalign.types import TrainBatch
 
 if TYPE_CHECKING:
-    from rlalign.config.schema import AlgoConfig, MismatchConfig
+    from rlalign.config.schema import AlgoConfig, AllocationConfig, MismatchConfig
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
     "adv_estimator": "grpo",
     "importance_sampling_level": "token",
     "policy_loss": "ppo_clip",
     "loss_agg_mode": "seq-mean-token-mean",
+    "prompt_weighting": "sample",
     "beta": 0.0,
     "kl_in": "loss",
 }
@@ -44,6 +46,8 @@ DEPENDENT_DEFAULTS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "rloo": {"scale_rewards": "none"},
         "reinforce_plus_plus": {"scale_rewards": "none"},
         "reinforce_plus_plus_baseline": {"scale_rewards": "none"},
+        "raft": {"scale_rewards": "none"},
+        "reinforce_rej": {"scale_rewards": "none"},
     },
     "policy_loss": {
         "ppo_clip": {"epsilon": 0.2, "epsilon_high": None, "delta": None},
@@ -84,6 +88,7 @@ def expansion(name: str) -> list[tuple[str, Any]]:
     algorithm = get(name)
     preset = _preset(algorithm, {})
     rows: list[tuple[str, Any]] = [(key, preset[key]) for key in PRESET_FIELDS]
+    rows.append(("allocation.allocator", algorithm.allocator))
     for decision in ("credit", "loss"):
         function = getattr(algorithm, decision)
         if function is not getattr(Algorithm, decision):
@@ -103,7 +108,9 @@ def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) ->
     given = {key: getattr(cfg, key) for key in PRESET_FIELDS if getattr(cfg, key) is not None}
     filled = _preset(algorithm, given)
     mismatch = _resolve_mismatch(cfg.mismatch, engine_shares_parameters)
-    resolved = dataclasses.replace(cfg, **filled, mismatch=mismatch)
+    resolved = dataclasses.replace(
+        cfg, **filled, mismatch=mismatch, allocation=_resolve_allocation(cfg, algorithm)
+    )
     check(resolved)
     return resolved
 
@@ -156,11 +163,10 @@ def needs_rollout_weights(cfg: AlgoConfig) -> bool:
 def _builtin() -> dict[str, Algorithm]:
     found: dict[str, Algorithm] = {}
     for module in pkgutil.iter_modules([str(Path(__file__).parent)]):
-        algorithm = getattr(
-            importlib.import_module(f"rlalign.algos.{module.name}"), "ALGORITHM", None
-        )
-        if isinstance(algorithm, Algorithm):
-            found[algorithm.name] = algorithm
+        loaded = importlib.import_module(f"rlalign.algos.{module.name}")
+        single = getattr(loaded, "ALGORITHM", None)
+        family = getattr(loaded, "ALGORITHMS", () if single is None else (single,))
+        found |= {algorithm.name: algorithm for algorithm in family}
     return found
 
 
@@ -195,6 +201,17 @@ def _preset(algorithm: Algorithm, given: Mapping[str, Any]) -> dict[str, Any]:
         filled["epsilon_high"] = filled["epsilon"]
     filled["kl_estimator"] = ALIASES.get(filled["kl_estimator"], filled["kl_estimator"])
     return {key: filled.get(key) for key in PRESET_FIELDS}
+
+
+def _resolve_allocation(cfg: AlgoConfig, algorithm: Algorithm) -> AllocationConfig:
+    given = cfg.allocation
+    official = given.compat == "official"
+    return dataclasses.replace(
+        given,
+        allocator=given.allocator or algorithm.allocator,
+        normalize_over=given.normalize_over or ("all" if official else "accepted"),
+        grad_params=given.grad_params or ("embed_tokens" if official else "lm_head"),
+    )
 
 
 def _resolve_mismatch(

@@ -43,10 +43,11 @@ def gradient_mask(
     mask_BT: Tensor, reward_B: Tensor, truncated_B: Tensor, cfg: AlgoConfig
 ) -> Tensor:
     """`mask_BT` without the rows that must not train: unscorable ones (NaN or inf reward), and
-    truncated ones when `mask_truncated_completions`. Truncated means finish reason "length", not
-    "the last token is not end-of-sequence"; such rows keep their reward in the statistics."""
+    truncated ones when `mask_truncated_completions`, or under RAFT, which counts them as rejected.
+    Truncated means finish reason "length", not "the last token is not end-of-sequence"; such rows
+    keep their reward in the statistics."""
     keep_B = reward_B.isfinite()
-    if cfg.mask_truncated_completions:
+    if cfg.mask_truncated_completions or cfg.adv_estimator == "raft":
         keep_B = keep_B & ~truncated_B.bool()
     return mask_BT * keep_B[:, None].to(mask_BT.dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from rlalign.config.allocation import AllocationConfig
 from rlalign.config.fields import option, section
 
 
@@ -56,7 +57,14 @@ class AlgoConfig:
     adv_estimator: str | None = option(
         None,
         "How rewards become advantages.",
-        choices=("grpo", "rloo", "reinforce_plus_plus", "reinforce_plus_plus_baseline"),
+        choices=(
+            "grpo",
+            "rloo",
+            "reinforce_plus_plus",
+            "reinforce_plus_plus_baseline",
+            "raft",
+            "reinforce_rej",
+        ),
     )
     scale_rewards: str | None = option(
         None, "Standard deviation that divides the advantage.", choices=("group", "batch", "none")
@@ -102,8 +110,11 @@ class AlgoConfig:
     loss_scale_factor: float | None = option(
         None, "Divisor of seq-mean-token-sum-norm; unset: max_completion_length.", gt=0
     )
-    prompt_weighting: str = option(
-        "sample", "Every sample counts the same, or every prompt.", choices=("sample", "prompt")
+    prompt_weighting: str | None = option(
+        None,
+        "Every sample counts the same, or every prompt; inverse_propensity: a sample counts 1/(n p)"
+        " with the allocator's n and p.",
+        choices=("sample", "prompt", "inverse_propensity"),
     )
     beta: float | None = option(None, "KL coefficient; 0 loads no reference model.", ge=0)
     kl_estimator: str | None = option(
@@ -129,4 +140,5 @@ class AlgoConfig:
     num_minibatches: int = option(1, "Optimizer steps per pass.", ge=1)
     entropy_coef: float = option(0.0, "Entropy bonus.", ge=0)
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig, "Dynamic sampling.")
+    allocation: AllocationConfig = section(AllocationConfig, "Which samples, and how many.")
     mismatch: MismatchConfig = section(MismatchConfig, "Engine/trainer correction.")

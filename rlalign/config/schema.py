@@ -13,11 +13,13 @@ from typing import Any
 from omegaconf import MISSING
 
 from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig
+from rlalign.config.allocation import AllocationConfig
 from rlalign.config.fields import option, section
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 
 __all__ = [
     "AlgoConfig",
+    "AllocationConfig",
     "Config",
     "FilterGroupsConfig",
     "KernelsConfig",

@@ -108,13 +108,12 @@ def minibatches(num_rows: int, config: Config, step: int) -> Iterator[list[int]]
 
 def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
     """Attach each token's part of the loss over this minibatch of all processes, times `share`."""
-    weight_BT = algos.aggregation_weights(
-        minibatch.mask_BT,
-        minibatch.group_id_B,
+    return algos.attach_weights(
+        minibatch,
         config.algo,
         max_completion_length=config.rollout.max_completion_length,
+        share=share,
     )
-    return minibatch.replace(weight_BT=share * weight_BT)
 
 
 def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:

@@ -87,10 +87,7 @@ def credited(case: Case, cfg: AlgoConfig) -> TrainBatch:
 
 def weighted(batch: TrainBatch, cfg: AlgoConfig, share: float = 1.0) -> TrainBatch:
     """The batch with weights by the shipped code, scaled by `share`."""
-    weight_BT = algos.aggregation_weights(
-        batch.mask_BT, batch.group_id_B, cfg, max_completion_length=MAX_LENGTH
-    )
-    return batch.replace(weight_BT=share * weight_BT)
+    return algos.attach_weights(batch, cfg, max_completion_length=MAX_LENGTH, share=share)
 
 
 def value_and_gradient(
@@ -128,6 +125,7 @@ def loss_inputs(logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig) -> LossInpu
     assert batch.advantage_BT is not None and batch.weight_BT is not None
     old_BT = batch.logp_rollout_BT if bypass else batch.logp_old_BT
     assert old_BT is not None and batch.logp_ref_BT is not None
+    policy_BT = batch.policy_weight_BT
     return LossInputs(
         logp_BT.tolist(),
         old_BT.tolist(),
@@ -136,6 +134,7 @@ def loss_inputs(logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig) -> LossInpu
         batch.mask_BT.tolist(),
         batch.advantage_BT.tolist(),
         batch.weight_BT.tolist(),
+        (batch.weight_BT if policy_BT is None else policy_BT).tolist(),
     )
 
 

@@ -159,6 +159,7 @@ def grid() -> float:
             )
             theirs = reference.advantages(
                 b.reward_B.tolist(),
+                case.acc_B.tolist(),
                 b.group_id_B.tolist(),
                 b.mask_BT.tolist(),
                 case.kl_BT.tolist(),

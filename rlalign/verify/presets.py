@@ -35,6 +35,15 @@ def shared_loss(name: str) -> bool:
     return algos.get(name).loss is Algorithm.loss
 
 
+def has_baseline(name: str) -> bool:
+    return shared_credit(name) and config(name).adv_estimator != "raft"
+
+
+def averages_over_accepted(name: str) -> bool:
+    cfg = config(name)
+    return cfg.adv_estimator == "raft" and cfg.allocation.normalize_over == "accepted"
+
+
 @per_algorithm(
     "advantages = the formula in float64 loops",
     source="the preset's own source",
@@ -50,6 +59,7 @@ def advantages(name: str) -> float:
         assert ours_BT is not None
         theirs = reference.advantages(
             batch.reward_B.tolist(),
+            case.acc_B.tolist(),
             batch.group_id_B.tolist(),
             batch.mask_BT.tolist(),
             case.kl_BT.tolist(),
@@ -167,9 +177,7 @@ def local_split(name: str) -> float:
     return float(all(difference(other_BT, one_BT) < 1e-3 for other_BT in others))
 
 
-@per_algorithm(
-    "equal rewards give exactly 0", source="definition", bound=0.0, applies=shared_credit
-)
+@per_algorithm("equal rewards give exactly 0", source="definition", bound=0.0, applies=has_baseline)
 def equal_rewards(name: str) -> float:
     cfg, case = config(name, beta=0.0), make_case()
     errors = []
@@ -290,10 +298,16 @@ def _against_reference(name: str, seed: int, gap: float) -> tuple[float, float]:
     """Errors of value and gradient, with the reference's own weights."""
     cfg, case = config(name), make_case(seed, gap=gap)
     batch = credited(case, cfg)
-    weight_BT = reference.weights(
-        batch.mask_BT.tolist(), batch.group_id_B.tolist(), cfg, MAX_LENGTH
-    )
-    batch = batch.replace(weight_BT=torch.tensor(weight_BT, dtype=torch.float64))
+    assert batch.advantage_BT is not None
+
+    def weights(mask_BT: torch.Tensor) -> torch.Tensor:
+        found = reference.weights(mask_BT.tolist(), batch.group_id_B.tolist(), cfg, MAX_LENGTH)
+        return torch.tensor(found, dtype=torch.float64)
+
+    batch = batch.replace(weight_BT=weights(batch.mask_BT))
+    if averages_over_accepted(name):
+        mask_BT = batch.mask_BT * (batch.advantage_BT != 0)
+        batch = batch.replace(policy_weight_BT=weights(mask_BT))
     loss, gradient_BT = value_and_gradient(case.logp_BT, batch, cfg)
     expected, expected_BT = reference.loss_and_gradient(loss_inputs(case.logp_BT, batch, cfg), cfg)
     return difference(loss, expected), difference(gradient_BT, expected_BT)

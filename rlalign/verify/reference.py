@@ -28,6 +28,7 @@ class LossInputs:
     mask: Matrix
     advantage: Matrix
     weight: Matrix
+    policy_weight: Matrix
 
 
 def kl(x: float, estimator: str) -> tuple[float, float]:
@@ -42,10 +43,11 @@ def kl(x: float, estimator: str) -> tuple[float, float]:
 
 
 def advantages(
-    reward: Row, group: Sequence[int], mask: Matrix, kl_tokens: Matrix, cfg: AlgoConfig
+    reward: Row, acc: Row, group: Sequence[int], mask: Matrix, kl_tokens: Matrix, cfg: AlgoConfig
 ) -> list[list[float]]:
     """Advantage of every token, for the estimators of Shao et al. 2024 (grpo), Liu et al. 2025
-    (scale none), Ahmadian et al. 2024 (rloo) and Hu 2025 (reinforce_plus_plus, baseline)."""
+    (scale none), Ahmadian et al. 2024 (rloo), Hu 2025 (reinforce_plus_plus, baseline), Dong et al.
+    2023 (raft) and Xiong et al. 2025 (reinforce_rej)."""
     beta = cfg.beta if cfg.kl_in == "reward" and cfg.beta else 0.0
     rows = range(len(reward))
     scorable = [math.isfinite(r) for r in reward]
@@ -58,6 +60,14 @@ def advantages(
             for t in tokens[i]
         }
         return _spread(whitened(returns), mask)
+    if cfg.adv_estimator in ("raft", "reinforce_rej"):
+        judged = [i for i in rows if scorable[i] and tokens[i]]
+        right = {i for i in judged if acc[i] > cfg.allocation.acceptance_threshold}
+        mixed = {group[i] for i in right} & {group[i] for i in judged if i not in right}
+        rej = cfg.adv_estimator == "reinforce_rej"
+        counted = [i for i in judged if group[i] in mixed] if rej else right
+        kept = {i: reward[i] if rej else 1.0 for i in counted}
+        return _spread({(i, t): a for i, a in kept.items() for t in tokens[i]}, mask)
     shaped = [reward[i] - beta * sum(kl_tokens[i][t] for t in tokens[i]) for i in rows]
     values = [
         sequence_advantage(i, shaped, group, scorable, cfg) if scorable[i] else 0.0 for i in rows
@@ -191,7 +201,7 @@ def loss_and_gradient(inputs: LossInputs, cfg: AlgoConfig) -> tuple[float, list[
         tokens = [t for t, m in enumerate(inputs.mask[i]) if m]
         d = [new - old for new, old in zip(row, inputs.old[i], strict=True)]
         for t in tokens:
-            w, q = inputs.weight[i][t], correction[i][t]
+            w, q = inputs.policy_weight[i][t], correction[i][t]
             rho = ratio(d, tokens, t, level)
             value, in_rho, in_logp = surrogate(rho, inputs.advantage[i][t], row[t], cfg)
             total += w * q * value
@@ -202,8 +212,8 @@ def loss_and_gradient(inputs: LossInputs, cfg: AlgoConfig) -> tuple[float, list[
                 k, slope = kl(row[t] - inputs.ref[i][t], cfg.kl_estimator or "")
                 if cfg.use_bias_correction_kl:
                     k, slope = math.exp(d[t]) * k, math.exp(d[t]) * (k + slope)
-                total += w * beta * k
-                gradient[i][t] += w * beta * slope
+                total += inputs.weight[i][t] * beta * k
+                gradient[i][t] += inputs.weight[i][t] * beta * slope
     return total, gradient
 
 

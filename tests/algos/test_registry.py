@@ -22,6 +22,9 @@ PRESETS = {
     "reward",
     "reinforce_plus_plus_baseline": "reinforce_plus_plus_baseline none token ppo_clip 0.2 0.2 "
     "token-mean 0.01 k2 loss",
+    "raft": "raft none token reinforce None None seq-mean-token-mean 0.0 k3 loss",
+    "raft++": "raft none token ppo_clip 0.2 0.28 seq-mean-token-mean 0.0 k3 loss",
+    "reinforce_rej": "reinforce_rej none token ppo_clip 0.2 0.2 token-mean 0.0 k3 loss",
 }
 COLUMNS = (
     "adv_estimator",
@@ -67,7 +70,7 @@ def test_the_registry_holds_exactly_these():
     "fields",
     [
         {},
-        {"epsilon": 0.1},
+        {"policy_loss": "ppo_clip", "epsilon": 0.1},
         {"policy_loss": "cispo", "loss_agg_mode": "seq-mean-token-mean"},
         {"policy_loss": "reinforce", "epsilon": None},
         {"adv_estimator": "rloo"},
