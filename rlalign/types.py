@@ -75,10 +75,13 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The samples of one prompt occurrence; ragged sizes are normal."""
+    """The samples of one prompt occurrence; ragged sizes are normal, an allocator may give none.
+
+    `weight` is how much the group counts beside the others of its batch."""
 
     prompt: Prompt
     samples: tuple[Sample, ...]
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +130,7 @@ class TrainBatch:
     logp_ref_BT: torch.Tensor | None = None  # by the reference model; None: no KL
     # engine/trainer weights, only where they need the whole batch (algos/mismatch.py)
     rollout_is_weight_BT: torch.Tensor | None = None
-    # float32; how much a row counts beside the others, all of a group the same; None: 1 each
-    sample_weight_B: torch.Tensor | None = None
+    group_weight_B: torch.Tensor | None = None  # float32, that of the row's group; None: all 1
     # float32; the share of the policy's term where it is not that of the KL and the entropy
     policy_weight_BT: torch.Tensor | None = None
 

@@ -6,6 +6,15 @@ often a preset over the shared pieces. docs/algorithms.md is the overview.
 
 from rlalign.algos.acceptance import accept_stats, accepted
 from rlalign.algos.aggregate import aggregation_weights, attach_weights, depends_on_split
+from rlalign.algos.allocate import allocate
+from rlalign.algos.allocator import (
+    Allocator,
+    PilotStats,
+    Shares,
+    make_allocator,
+    needs_mean_gradients,
+    pilot_weight,
+)
 from rlalign.algos.base import Algorithm
 from rlalign.algos.errors import AlgoError, AlgoWarning
 from rlalign.algos.kl import estimate_kl, reward_kl
@@ -35,13 +44,17 @@ __all__ = [
     "AlgoError",
     "AlgoWarning",
     "Algorithm",
+    "Allocator",
     "DynamicSampler",
     "LossOutput",
+    "PilotStats",
     "SamplingExhausted",
     "Selection",
+    "Shares",
     "accept_stats",
     "accepted",
     "aggregation_weights",
+    "allocate",
     "attach_weights",
     "compute_advantages",
     "depends_on_split",
@@ -51,13 +64,16 @@ __all__ = [
     "get",
     "gradient_mask",
     "has_signal",
+    "make_allocator",
     "merge_metrics",
     "names",
+    "needs_mean_gradients",
     "needs_old_logp",
     "needs_reference",
     "needs_rollout_weights",
     "normalize_then_sum",
     "overlong_penalty",
+    "pilot_weight",
     "policy_loss",
     "resolve",
     "reward_kl",

@@ -59,7 +59,7 @@ def attach_weights(
             batch.group_id_B,
             cfg,
             max_completion_length=max_completion_length,
-            sample_weight_B=batch.sample_weight_B,
+            group_weight_B=batch.group_weight_B,
         )
         return share * weight_BT
 
@@ -76,18 +76,18 @@ def aggregation_weights(
     cfg: AlgoConfig,
     *,
     max_completion_length: int,
-    sample_weight_B: Tensor | None = None,
+    group_weight_B: Tensor | None = None,
 ) -> Tensor:
     """Each token's share of the loss: [B, T], at least float32, 0 outside the mask.
 
     Give every sequence of the optimizer step, of all processes. max_completion_length: divisor of
-    seq-mean-token-sum-norm unless `loss_scale_factor` is set. sample_weight_B: >= 0, None for 1.
+    seq-mean-token-sum-norm unless `loss_scale_factor` is set. group_weight_B: >= 0, None for 1.
     Fully masked sequences get weight 0 and count nowhere; a batch without tokens gets all zeros.
     Raises AlgoError for an unknown mode.
     """
     mask64_BT = mask_BT.double()
     length_B = mask64_BT.sum(1)
-    own_B = torch.ones_like(length_B) if sample_weight_B is None else sample_weight_B.double()
+    own_B = torch.ones_like(length_B) if group_weight_B is None else group_weight_B.double()
     present_B = own_B * (length_B > 0)
     group_B, num_groups = compact(group_id_B)
     if cfg.prompt_weighting == "inverse_propensity":

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rlalign.algos.allocator import needs_mean_gradients
 from rlalign.algos.errors import AlgoError, AlgoWarning
 from rlalign.algos.ratio import PER_SEQUENCE
 
@@ -114,7 +115,45 @@ ERRORS: tuple[Rule, ...] = (
     ),
 )
 
+ERRORS += (
+    Rule(
+        lambda c: c.prompt_weighting == "inverse_propensity" and c.allocation.allocator != "gvm",
+        "algo.prompt_weighting=inverse_propensity needs the n and p of an allocator, and "
+        "algo.allocation.allocator={c.allocation.allocator} has none: use gvm, or "
+        "prompt_weighting=prompt",
+    ),
+    Rule(
+        lambda c: c.prompt_weighting == "inverse_propensity" and c.allocation.train_on_pilot,
+        "algo.prompt_weighting=inverse_propensity with allocation.train_on_pilot=true: the rate of "
+        "a prompt is taken from the pilot's samples themselves; use prompt_weighting=prompt, which "
+        "needs no rate, or train_on_pilot=false",
+    ),
+    Rule(
+        lambda c: (
+            needs_mean_gradients(c)
+            and c.allocation.grad_params != "none"
+            and (c.allocation.grad_params, c.allocation.grad_reduction) != ("lm_head", "sum")
+        ),
+        "algo.allocation: grad_params={c.allocation.grad_params} with grad_reduction="
+        "{c.allocation.grad_reduction}, but the norm of a mean gradient (CurES; grad_stat=exact) "
+        "is there for lm_head and sum only: use these, grad_params=none, or under CurES "
+        "compat=official, which takes mean norms in its place",
+    ),
+)
+
 WARNINGS: tuple[Rule, ...] = (
+    Rule(
+        lambda c: (
+            c.allocation.allocator != "uniform"
+            and c.adv_estimator in GROUP_BASELINES
+            and c.allocation.group_size == 1
+            and c.allocation.min_samples < 2
+            and c.singleton_advantage == "zero"
+        ),
+        "algo.allocation.allocator={c.allocation.allocator} may give a prompt one sample, which "
+        "adv_estimator={c.adv_estimator} cannot compare with another: it is wasted. Use "
+        "allocation.group_size=2 or more",
+    ),
     Rule(
         lambda c: (
             bool(c.beta)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from rlalign.algos.base import PRESET_FIELDS, Algorithm
-from rlalign.algos.checks import check
+from rlalign.algos.checks import GROUP_BASELINES, check
 from rlalign.algos.errors import AlgoError
 from rlalign.algos.kl import ALIASES
 from rlalign.algos.loss import LossOutput, corrects
@@ -203,13 +203,17 @@ def _preset(algorithm: Algorithm, given: Mapping[str, Any]) -> dict[str, Any]:
     return {key: filled.get(key) for key in PRESET_FIELDS}
 
 
-def _resolve_allocation(cfg: AlgoConfig, algorithm: Algorithm) -> AllocationConfig:
+def _resolve_allocation(
+    cfg: AlgoConfig, algorithm: Algorithm, adv_estimator: str
+) -> AllocationConfig:
     given = cfg.allocation
     official = given.compat == "official"
+    compares = adv_estimator in GROUP_BASELINES and cfg.singleton_advantage == "zero"
     return dataclasses.replace(
         given,
         allocator=given.allocator or algorithm.allocator,
         normalize_over=given.normalize_over or ("all" if official else "accepted"),
+        group_size=given.group_size or (2 if compares and not official else 1),
         grad_params=given.grad_params or ("embed_tokens" if official else "lm_head"),
     )
 

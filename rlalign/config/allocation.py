@@ -50,7 +50,12 @@ class AllocationConfig:
         "How shares become whole numbers.",
         choices=("largest_remainder", "low_accept_first", "optimal"),
     )
-    group_size: int = option(1, "Samples are given out in units of this many.", ge=1)
+    group_size: int | None = option(
+        None,
+        "Samples are given out in units of this many; unset: 2 where the advantage compares samples"
+        " of a prompt, else 1.",
+        ge=1,
+    )
     on_empty: str = option(
         "uniform",
         "Where nothing can be weighed (no pilot sample was right): the same for all, or none.",
@@ -68,7 +73,9 @@ class AllocationConfig:
         choices=("sum", "mean"),
     )
     grad_stat: str = option(
-        "mean", "Of the norms of a prompt's accepted samples.", choices=("mean", "rms")
+        "mean",
+        "Of the norms of accepted samples; exact: with the norm of their mean gradient, too.",
+        choices=("mean", "rms", "exact"),
     )
     alpha: float = option(1e-3, "GVM: damping of prompts that are hardly ever right.", ge=0)
     beta: float = option(2.0, "GVM: exponent of that damping.", ge=1)

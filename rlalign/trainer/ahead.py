@@ -21,6 +21,7 @@ from typing import Any, cast
 
 from rlalign import algos
 from rlalign.rollout.engine import WeightsLost
+from rlalign.trainer.allocated import Allocated
 from rlalign.trainer.collect import Collected
 from rlalign.trainer.job import Job
 from rlalign.trainer.sources import AsTheyEnd, GroupSource, InOrder, StreamingEngine
@@ -35,10 +36,19 @@ class Drawn:
     """One step's groups, and how far the training set was read for them."""
 
     collected: Collected
-    figures: dict[str, float]  # of dynamic sampling
+    figures: dict[str, float]  # of dynamic sampling and allocation
+    allocation: dict[str, Any]  # state of the source
     cursor: int
     carried: list[int]  # positions before the cursor that are in no batch yet
     generated_tokens: int
+
+
+def open_source(job: Job) -> GroupSource:
+    if job.config.rollout.oversample > 1:
+        return AsTheyEnd(job, cast(StreamingEngine, job.rollout))
+    if job.config.algo.allocation.allocator != "uniform":
+        return Allocated(job)
+    return InOrder(job)
 
 
 def draw(job: Job, step: int, source: GroupSource) -> Drawn:
@@ -54,7 +64,11 @@ def draw(job: Job, step: int, source: GroupSource) -> Drawn:
         selection = sampler.feed([value.tolist() for value in values])
         generated_tokens += batch.generated_tokens
         collected.extend(batch.select(selection.kept))
-    return Drawn(collected, sampler.metrics(), source.cursor, source.carried, generated_tokens)
+    extra = source.extra()
+    generated_tokens += extra.generated_tokens
+    collected.extend(extra)
+    figures = sampler.metrics() | source.figures()
+    return Drawn(collected, figures, source.state, source.cursor, source.carried, generated_tokens)
 
 
 class RolloutsAhead:
@@ -69,8 +83,7 @@ class RolloutsAhead:
         self._job, self._publish_again = job, publish_again
         rollout = job.config.rollout
         oversampled = rollout.oversample > 1
-        engine = cast(StreamingEngine, job.rollout)
-        self._source = AsTheyEnd(job, engine) if oversampled else InOrder(job)
+        self._source = open_source(job)
         self._ahead = rollout.max_lag - oversampled
         self._one_version = rollout.server.in_flight == "wait"
         self._step = job.progress.step  # of the next draw

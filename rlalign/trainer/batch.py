@@ -65,4 +65,10 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
         mask_BT=algos.gradient_mask(mask_BT.float(), reward_B, truncated_B, algo),
         reward_B=reward_B,
         logp_rollout_BT=logp_BT,
+        group_weight_B=_weights([group.weight for _, group, _ in rows]),
     )
+
+
+def _weights(weights: Sequence[float]) -> torch.Tensor | None:
+    """None where all count the same."""
+    return None if all(weight == 1 for weight in weights) else torch.tensor(weights)

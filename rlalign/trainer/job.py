@@ -31,6 +31,7 @@ class Progress:
     step: int = 0  # finished rollout batches
     cursor: int = 0  # prompts taken from the training set, over all epochs
     carried: list[int] = field(default_factory=list)  # of those, begun and not trained on yet
+    allocation: dict[str, Any] = field(default_factory=dict)  # trainer/allocated.py
     version: int = 0  # policy version the engine holds
     rollout_tokens: int = 0
     train_tokens: int = 0

@@ -77,6 +77,7 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
     oldest = max(0, progress.version - config.rollout.max_lag)
     check_versions(groups, set(range(oldest, progress.version + 1)))
     progress.cursor, progress.carried = drawn.cursor, drawn.carried
+    progress.allocation = drawn.allocation
     progress.rollout_tokens += drawn.generated_tokens
 
     marks = [time.perf_counter()]

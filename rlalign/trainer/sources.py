@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams, WeightsLost
 from rlalign.trainer.collect import Collected, make_requests, roll_out, scored
@@ -26,10 +26,15 @@ GRACE_S = 60.0  # beyond the deadline of a stream, which says by itself that it 
 
 class GroupSource(Protocol):
     """`next` gives the scored groups of `count` prompts for the batch of `step`; `seen` counts each
-    prompt's samples in that batch. What was given since the last `commit` comes again after
-    `rewind`."""
+    prompt's samples in that batch. `extra`: what belongs to the batch besides, once it is full.
+    What was given since the last `commit` comes again after `rewind`."""
 
     cursor: int
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps besides positions, as JSON."""
+        ...
 
     @property
     def carried(self) -> list[int]:
@@ -37,6 +42,8 @@ class GroupSource(Protocol):
         ...
 
     def next(self, count: int, step: int, seen: Counter[str]) -> Collected: ...
+    def extra(self) -> Collected: ...
+    def figures(self) -> dict[str, float]: ...
     def commit(self) -> None: ...
     def rewind(self) -> None: ...
 
@@ -51,7 +58,21 @@ def sampling_params(job: Job) -> SamplingParams:
     )
 
 
-class InOrder:
+class Uniform:
+    """What all sources have that give every prompt `num_generations` samples."""
+
+    @property
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def extra(self) -> Collected:
+        return Collected()
+
+    def figures(self) -> dict[str, float]:
+        return {}
+
+
+class InOrder(Uniform):
     """A batch at a time: every group of it is waited for."""
 
     def __init__(self, job: Job) -> None:
@@ -101,7 +122,7 @@ class Begun:
     samples: tuple[Sample, ...] = ()  # when it is finished
 
 
-class AsTheyEnd:
+class AsTheyEnd(Uniform):
     """More groups are in flight than a batch needs, `rollout.oversample` times as many; a batch is
     those that are finished first, and the others are carried over, with what they have, to the
     next. One that would be too old later (`rollout.max_lag`) is waited for.

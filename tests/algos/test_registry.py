@@ -24,6 +24,12 @@ PRESETS = {
     "token-mean 0.01 k2 loss",
     "raft": "raft none token reinforce None None seq-mean-token-mean 0.0 k3 loss",
     "raft++": "raft none token ppo_clip 0.2 0.28 seq-mean-token-mean 0.0 k3 loss",
+    "gvm_raft": "raft none token reinforce None None seq-mean-token-mean 0.0 k3 loss",
+    "gvm_raft++": "raft none token ppo_clip 0.2 0.28 seq-mean-token-mean 0.0 k3 loss",
+    "gvm_grpo": "grpo group token ppo_clip 0.2 0.2 seq-mean-token-mean 0.001 k3 loss",
+    "cures_grpo": "grpo group token ppo_clip 0.2 0.2 seq-mean-token-mean 0.001 k3 loss",
+    "cures_reinforce_plus_plus": "reinforce_plus_plus none token ppo_clip 0.2 0.2 token-mean 0.01 "
+    "k1 reward",
     "reinforce_rej": "reinforce_rej none token ppo_clip 0.2 0.2 token-mean 0.0 k3 loss",
 }
 COLUMNS = (

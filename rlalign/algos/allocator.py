@@ -1,0 +1,286 @@
+"""Who gets how many samples, step by step: the state of GVM and CurES over one shard of prompts.
+
+    allocator = make_allocator(cfg)
+    allocator.begin(stats)                      # after the pilot of a shard
+    shares = allocator.plan(num_prompts, seed)  # for each step
+    allocator.observe(shares, right)            # after its rollouts
+
+Pure: it holds small tensors, is a JSON object in a checkpoint (`state_dict`), and the same state
+and seed give the same shares.
+
+Legend: m prompts of the shard, k prompts of a step; float64.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlalign.algos import cures, gvm
+from rlalign.algos.allocate import allocate, variance_ratio
+from rlalign.algos.errors import AlgoError
+
+if TYPE_CHECKING:
+    from rlalign.config.schema import AlgoConfig
+
+
+@dataclass(frozen=True, slots=True)
+class PilotStats:
+    """What the pilot says of each prompt, [m] each; figures of a class without samples are 0.
+
+    `*_norm` is the mean norm of the samples' gradients, `*_square` the mean of its square,
+    `right_mean_square` the square of the norm of the right samples' mean gradient, without the bias
+    of taking it over few of them (it may be negative).
+    """
+
+    num_samples_m: Tensor
+    right_m: Tensor
+    right_norm_m: Tensor
+    right_square_m: Tensor
+    right_mean_square_m: Tensor
+    wrong_norm_m: Tensor
+    wrong_square_m: Tensor
+
+    @property
+    def rate_m(self) -> Tensor:
+        return self.right_m.double() / self.num_samples_m.clamp(min=1)
+
+    @staticmethod
+    def of_norms(
+        norm_B: Tensor, right_B: Tensor, prompt_B: Tensor, num_prompts: int, mean_square_m: Tensor
+    ) -> PilotStats:
+        """From the norm of each sample's gradient. right_B: bool. prompt_B: int64, 0 .. m-1.
+        mean_square_m: squared norm of the mean gradient over the right samples. A norm that is not
+        finite counts as 0."""
+        norm_B = torch.where(norm_B.isfinite(), norm_B.double(), 0.0)
+
+        def total(value_B: Tensor, of_B: Tensor) -> Tensor:
+            zero_m = torch.zeros(num_prompts, dtype=torch.float64)
+            return zero_m.index_add(0, prompt_B[of_B], value_B[of_B].double())
+
+        ones_B, wrong_B = torch.ones_like(norm_B), ~right_B
+        count_m = total(ones_B, torch.ones_like(right_B))
+        k_m = total(ones_B, right_B)
+        right_square_m = total(norm_B**2, right_B) / k_m.clamp(min=1)
+        # E |mean of k|^2 = |E g|^2 + (E|g|^2 - |E g|^2) / k
+        pairs_m = (k_m * (k_m - 1)).clamp(min=1)
+        unbiased_m = (k_m**2 * mean_square_m.double() - k_m * right_square_m) / pairs_m
+        return PilotStats(
+            count_m,
+            k_m,
+            total(norm_B, right_B) / k_m.clamp(min=1),
+            right_square_m,
+            torch.where(k_m > 1, unbiased_m, 0.0),
+            total(norm_B, wrong_B) / (count_m - k_m).clamp(min=1),
+            total(norm_B**2, wrong_B) / (count_m - k_m).clamp(min=1),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """One step: positions in the shard, samples of each, and how much each prompt counts."""
+
+    index_k: list[int]
+    count_k: list[int]
+    weight_k: list[float]
+
+
+class Allocator:
+    """What GVM and CurES have in common: a shard, its pilot, and a budget."""
+
+    def __init__(self, cfg: AlgoConfig) -> None:
+        """cfg: resolved."""
+        self.cfg, self.section = cfg, cfg.allocation
+        self.stats: PilotStats | None = None
+        self.fallbacks = 0
+
+    def begin(self, stats: PilotStats) -> None:
+        self.stats = stats
+
+    def plan(self, num_prompts: int, seed: int) -> Shares:
+        raise NotImplementedError
+
+    def observe(self, shares: Shares, right_k: Sequence[int]) -> None:
+        """`right_k`: accepted samples of each prompt of the step."""
+
+    def metrics(self) -> dict[str, float]:
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """What was decided over the shard, for the run directory."""
+        return self.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything needed to go on, as JSON."""
+        stats = self.stats
+        tensors = {} if stats is None else dataclasses.asdict(stats)
+        return {"stats": {name: x.tolist() for name, x in tensors.items()}}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if state["stats"]:
+            tensors = {name: _tensor(x) for name, x in state["stats"].items()}
+            self.stats = PilotStats(**tensors)
+
+    def budget(self, num_prompts: int) -> int:
+        return round(self.section.budget_per_prompt * num_prompts)
+
+    def _shared(self, weight_m: Tensor, rate_m: Tensor, budget: int) -> Tensor:
+        """Whole numbers of samples; where all weights are 0, what `on_empty` says."""
+        section = self.section
+        if not bool((weight_m > 0).any()):
+            self.fallbacks += 1
+            if section.on_empty == "skip":
+                return torch.zeros(len(weight_m), dtype=torch.long)
+            weight_m = torch.ones_like(weight_m)
+        return allocate(
+            weight_m,
+            budget,
+            section.rounding,
+            low=section.min_samples,
+            high=section.max_samples,
+            unit=section.group_size or 1,
+            accept_rate_m=rate_m,
+        )
+
+
+class GvmAllocator(Allocator):
+    """All of a shard's samples are given out after its pilot; steps take prompts in order."""
+
+    def __init__(self, cfg: AlgoConfig) -> None:
+        super().__init__(cfg)
+        self._weight_m = self._count_m = torch.zeros(0)
+        self._taken = 0
+
+    def begin(self, stats: PilotStats) -> None:
+        super().begin(stats)
+        budget, rate_m = self.budget(len(stats.right_m)), stats.rate_m
+        self._weight_m = gvm.filtered(
+            gvm.weights(stats, self.section), rate_m, budget, self.section
+        )
+        self._count_m = self._shared(self._weight_m, rate_m, budget)
+        self._taken = 0
+
+    def plan(self, num_prompts: int, seed: int) -> Shares:
+        assert self.stats is not None
+        index_k = list(range(self._taken, min(self._taken + num_prompts, len(self._count_m))))
+        self._taken += len(index_k)
+        count_k = [int(self._count_m[i]) for i in index_k]
+        if self.cfg.prompt_weighting != "inverse_propensity":
+            return Shares(index_k, count_k, [1.0] * len(index_k))
+        rate_m = self.stats.rate_m.clamp(min=1 / float(self.stats.num_samples_m.max()))
+        weight_k = [1 / max(n, 1) / float(rate_m[i]) for i, n in zip(index_k, count_k, strict=True)]
+        return Shares(index_k, count_k, weight_k)
+
+    def metrics(self) -> dict[str, float]:
+        assert self.stats is not None
+        count_m = self._count_m.double()
+        return {
+            "allocation/accept_rate": float(self.stats.rate_m.mean()),
+            "allocation/predicted_variance_ratio": variance_ratio(self._weight_m),
+            "allocation/frac_without_samples": float((count_m == 0).double().mean()),
+            "allocation/max_samples": float(count_m.max()),
+            "allocation/fallbacks": float(self.fallbacks),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"weight": self._weight_m.tolist(), "count": self._count_m.tolist()}
+        return super().state_dict() | own | {"taken": self._taken}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._weight_m, self._count_m = _tensor(state["weight"]), _tensor(state["count"]).long()
+        self._taken = state["taken"]
+
+
+class CuresAllocator(Allocator):
+    """Every step draws prompts of the shard by what is known now, and shares its own samples."""
+
+    def __init__(self, cfg: AlgoConfig) -> None:
+        super().__init__(cfg)
+        self._right_m = self._wrong_m = torch.zeros(0, dtype=torch.float64)
+        self._effective = float("nan")
+
+    def begin(self, stats: PilotStats) -> None:
+        super().begin(stats)
+        self._right_m = stats.right_m.double()
+        self._wrong_m = stats.num_samples_m.double() - self._right_m
+
+    def plan(self, num_prompts: int, seed: int) -> Shares:
+        assert self.stats is not None
+        rate_m = cures.posterior_mean(self._right_m, self._wrong_m)
+        rho_m = cures.sampling_probs(rate_m, self.section.tau)
+        self._effective = 1 / float((rho_m**2).sum()) / len(rho_m)
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.multinomial(rho_m, num_prompts, replacement=True, generator=generator)
+        times = Counter(drawn.tolist())
+        index_k = sorted(times)
+        sigma_k = cures.weights(self.stats, rate_m, self.section)[index_k]
+        times_k = torch.tensor([float(times[i]) for i in index_k])
+        count_k = self._shared(times_k * sigma_k, rate_m[index_k], self.budget(num_prompts))
+        by_prompt = self.cfg.prompt_weighting == "prompt"
+        weight_k = times_k if by_prompt else torch.ones_like(times_k)
+        if self.section.importance:
+            weight_k = weight_k / (len(rho_m) * rho_m[index_k])
+        return Shares(index_k, count_k.tolist(), weight_k.tolist())
+
+    def observe(self, shares: Shares, right_k: Sequence[int]) -> None:
+        at = torch.tensor(shares.index_k, dtype=torch.long)
+        count_k, right = _tensor(shares.count_k), _tensor(right_k)
+        self._right_m = self._right_m.index_add(0, at, right)
+        self._wrong_m = self._wrong_m.index_add(0, at, count_k - right)
+
+    def metrics(self) -> dict[str, float]:
+        rate_m = cures.posterior_mean(self._right_m, self._wrong_m)
+        return {
+            "allocation/accept_rate": float(rate_m.mean()),
+            "allocation/effective_share_of_prompts": self._effective,
+            "allocation/fallbacks": float(self.fallbacks),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        own = {"right": self._right_m.tolist(), "wrong": self._wrong_m.tolist()}
+        return super().state_dict() | own
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        super().load_state_dict(state)
+        self._right_m, self._wrong_m = _tensor(state["right"]), _tensor(state["wrong"])
+
+
+def pilot_weight(cfg: AlgoConfig) -> float:
+    """How much a pilot group counts beside its prompt's own group: N'/b where prompts are weighed;
+    where samples are, a group counts by their number, and each of them once."""
+    section = cfg.allocation
+    by_prompt = cfg.prompt_weighting == "prompt"
+    return section.num_pilot_samples / section.budget_per_prompt if by_prompt else 1.0
+
+
+def needs_mean_gradients(cfg: AlgoConfig) -> bool:
+    """Whether norms of mean gradients are needed besides those of single samples."""
+    section = cfg.allocation
+    if section.allocator == "cures":
+        return section.compat == "paper"
+    return section.grad_stat == "exact"
+
+
+ALLOCATORS = {"gvm": GvmAllocator, "cures": CuresAllocator}
+
+
+def make_allocator(cfg: AlgoConfig) -> Allocator:
+    """The allocator of a resolved config. Raises AlgoError for uniform, which is none."""
+    chosen = ALLOCATORS.get(cfg.allocation.allocator or "")
+    if chosen is None:
+        raise AlgoError(
+            f"algo.allocation.allocator={cfg.allocation.allocator!r} is none of "
+            f"{', '.join(ALLOCATORS)}; pass the config through rlalign.algos.resolve first"
+        )
+    return chosen(cfg)
+
+
+def _tensor(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
