@@ -108,9 +108,8 @@ def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) ->
     given = {key: getattr(cfg, key) for key in PRESET_FIELDS if getattr(cfg, key) is not None}
     filled = _preset(algorithm, given)
     mismatch = _resolve_mismatch(cfg.mismatch, engine_shares_parameters)
-    resolved = dataclasses.replace(
-        cfg, **filled, mismatch=mismatch, allocation=_resolve_allocation(cfg, algorithm)
-    )
+    allocation = _resolve_allocation(cfg, algorithm, filled["adv_estimator"])
+    resolved = dataclasses.replace(cfg, **filled, mismatch=mismatch, allocation=allocation)
     check(resolved)
     return resolved
 
