@@ -22,7 +22,7 @@ segments of T tokens with padding, C = S T; K columns of the logits.
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ def head_gradient_norms(
     token_weight: Tensor | None = None, input_side: InputSide | None = None,
     bias: Tensor | None = None, temperature: float = 1.0, logit_scale: float = 1.0,
     softcap: float | None = None, vocab_size: int | None = None, lora: Lora | None = None,
-    chunk_size: int | None = None, **_: Any,
+    chunk_size: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Frobenius norm of d(sum of token_weight * log-prob) / d(weight) over each segment's tokens:
     [J], float32 (float64 for float64 inputs); 0 for a segment without tokens.
@@ -73,9 +73,9 @@ def head_gradient_norms(
     `input_side`: the norm of the whole gradient of a weight that is also the input embedding.
 
     `bias`, `temperature`, `logit_scale`, `softcap`, `vocab_size`, `lora` and `chunk_size` are those
-    of `linear_logprob`; its further options are accepted and change nothing. With `lora` the norm
-    is that of the matrix beneath the adapter. A target outside the vocabulary makes its segment
-    NaN. Raises ValueError for shapes or options that do not fit.
+    of `linear_logprob`. With `lora` the norm is that of the matrix beneath the adapter. A target
+    outside the vocabulary makes its segment NaN. Raises ValueError for shapes or options that do
+    not fit.
     """
     shard = VocabParallel(0, len(weight))
     arguments.check(hidden, weight, target, bias, lora, shard, temperature, softcap, chunk_size)
