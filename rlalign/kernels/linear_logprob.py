@@ -17,6 +17,8 @@ Shapes: N tokens, D hidden size, V vocabulary, R rank of an adapter on the head.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -146,15 +148,18 @@ class LinearLogProb(nn.Module):
         target: Tensor,
         temperature: float = 1.0,
         return_entropy: bool = False,
-    ) -> LinearLogProbOutput:
-        """`hidden` [..., D], `target` [...] -> log-probs and entropy, [...] float32."""
-        return linear_logprob(
+        function: Callable[..., Any] | None = None,
+    ) -> Any:
+        """`hidden` [..., D], `target` [...] -> log-probs and entropy, [...] float32; or what a
+        `function` that takes the arguments of `linear_logprob` makes of them."""
+        if function is None:
+            function = partial(linear_logprob, return_entropy=return_entropy)
+        return function(
             hidden,
             self.weight,
             target,
             bias=self.bias,
             temperature=temperature,
-            return_entropy=return_entropy,
             lora=self.low_rank(hidden),
             **self.options,
         )

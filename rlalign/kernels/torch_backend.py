@@ -46,11 +46,11 @@ def statistics(
     dtype = accumulator(rows.hidden.dtype)
     whole = Partials(*rows.hidden.new_zeros(4, len(rows.target), dtype=dtype))
     whole.max.fill_(-math.inf)
-    tile = _tile_shape(rows, head, chunk_size)
+    tile = tile_shape(rows, head, chunk_size)
     buffer = rows.hidden.new_empty(tile[0] * tile[1], dtype=dtype)
-    for part in _slices(head, tile[1], dtype):
-        for at in _chunks(rows, tile[0]):
-            z_CS = _logits(rows, part, transform, at, buffer)
+    for part in slices(head, tile[1], dtype):
+        for at in chunks(rows, tile[0]):
+            z_CS = logits(rows, part, transform, at, buffer)
             so_far = Partials(*(x[at] for x in whole))
             new = _tile_statistics(z_CS, rows.target[at] - part.cols.start, entropy)
             pairs = zip(so_far, new, strict=True)
@@ -75,15 +75,15 @@ def gradients(
     Those of the head come in its dtype, the others in the accumulator's."""
     dtype = accumulator(rows.hidden.dtype)
     out = _zeros(rows, head, needs, dtype)
-    tile = _tile_shape(rows, head, chunk_size)
+    tile = tile_shape(rows, head, chunk_size)
     buffer = rows.hidden.new_empty(tile[0] * tile[1], dtype=dtype)
-    for part in _slices(head, tile[1], dtype):
+    for part in slices(head, tile[1], dtype):
         sums = _sums(out, part, dtype)
-        for at in _chunks(rows, tile[0]):
-            z_CS = _logits(rows, part, transform, at, buffer)
+        for at in chunks(rows, tile[0]):
+            z_CS = logits(rows, part, transform, at, buffer)
             local_C = rows.target[at] - part.cols.start
             given = Upstream(*(x if x is None else x[at] for x in upstream))  # pyright: ignore
-            grad_CS = _tile_gradient(z_CS, local_C, transform, lse_M[at], mean_M[at], given)
+            grad_CS = tile_gradient(z_CS, local_C, transform, lse_M[at], mean_M[at], given)
             _add(sums, rows, part, at, grad_CS)
         for x, total in zip(out, sums, strict=True):
             if x is not None and total is not None and x.dtype != total.dtype:
@@ -93,7 +93,7 @@ def gradients(
 
 def _tile_statistics(z_CS: Tensor, local_C: Tensor, entropy: bool) -> Partials:
     """Of one tile, whose buffer is used up."""
-    safe_C, inside_C = _safe(local_C, z_CS)
+    safe_C, inside_C = within(local_C, z_CS)
     chosen_C = torch.where(inside_C, z_CS.gather(1, safe_C[:, None])[:, 0], 0)
     max_C = z_CS.amax(1)
     shifted_CS = z_CS.sub_(max_C.masked_fill(max_C == -math.inf, 0)[:, None])
@@ -104,7 +104,7 @@ def _tile_statistics(z_CS: Tensor, local_C: Tensor, entropy: bool) -> Partials:
     return Partials(max_C, exp_CS.sum(1), moment_C, chosen_C)
 
 
-def _tile_gradient(
+def tile_gradient(
     z_CS: Tensor,
     local_C: Tensor,
     transform: Transform,
@@ -113,7 +113,7 @@ def _tile_gradient(
     upstream: Upstream,
 ) -> Tensor:
     """dL/d(h . w + b) of one tile, in the logits' buffer."""
-    slope_CS = None if transform.softcap is None else _softcap_slope(z_CS, transform)
+    slope_CS = None if transform.softcap is None else softcap_slope(z_CS, transform)
     scale = transform.slope if slope_CS is None else 1.0
     g_C = upstream.logp * scale
     factor_C = -g_C if upstream.lse is None else upstream.lse * scale - g_C
@@ -123,7 +123,7 @@ def _tile_gradient(
         p_CS = (z_CS - lse_C[:, None]).exp_()
         z_CS.clamp_min_(LOWEST).sub_(mean_C[:, None]).mul_(-(upstream.entropy * scale)[:, None])
         z_CS.add_(factor_C[:, None]).mul_(p_CS)
-    safe_C, inside_C = _safe(local_C, z_CS)
+    safe_C, inside_C = within(local_C, z_CS)
     z_CS.scatter_add_(1, safe_C[:, None], torch.where(inside_C, g_C, 0)[:, None])
     return z_CS if slope_CS is None else z_CS.mul_(slope_CS)
 
@@ -168,7 +168,7 @@ def _sums(out: Grads[Tensor | None], part: Slice, dtype: torch.dtype) -> Grads[T
     )
 
 
-def _slices(head: Head, size: int, dtype: torch.dtype) -> Iterator[Slice]:
+def slices(head: Head, size: int, dtype: torch.dtype) -> Iterator[Slice]:
     for start in range(0, head.cols, size):
         cols = slice(start, min(start + size, head.cols))
         weight, bias, lora_weight = (
@@ -179,12 +179,12 @@ def _slices(head: Head, size: int, dtype: torch.dtype) -> Iterator[Slice]:
         yield Slice(cols, weight, bias, lora_weight)
 
 
-def _chunks(rows: Rows, size: int) -> Iterator[slice]:
+def chunks(rows: Rows, size: int) -> Iterator[slice]:
     for start in range(0, len(rows.target), size):
         yield slice(start, min(start + size, len(rows.target)))
 
 
-def _tile_shape(rows: Rows, head: Head, chunk_size: int) -> tuple[int, int]:
+def tile_shape(rows: Rows, head: Head, chunk_size: int) -> tuple[int, int]:
     """Rows and columns of a tile: a square, or as long as it must be where the other side is
     short."""
     side = TILE_SIDE.get(rows.hidden.device.type, TILE_SIDE["cuda"])
@@ -196,7 +196,7 @@ def _tile_shape(rows: Rows, head: Head, chunk_size: int) -> tuple[int, int]:
     return count, max(1, min(cols, head.cols))
 
 
-def _logits(rows: Rows, part: Slice, transform: Transform, at: slice, buffer: Tensor) -> Tensor:
+def logits(rows: Rows, part: Slice, transform: Transform, at: slice, buffer: Tensor) -> Tensor:
     """z [C, S] in `buffer`, in the accumulator's dtype: never rounded to half precision. The factor
     meets the finished sums: on the hidden states it would cost them a rounding."""
     dtype, factor = buffer.dtype, transform.factor
@@ -207,19 +207,24 @@ def _logits(rows: Rows, part: Slice, transform: Transform, at: slice, buffer: Te
         z_CS.addmm_(rows.lora_hidden[at].to(dtype), part.lora_weight.T, alpha=factor)
     if part.bias is not None:
         z_CS.add_(part.bias, alpha=factor)
-    if transform.softcap is not None:
-        z_CS.div_(transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
-    return z_CS
+    return capped(z_CS, transform)
 
 
-def _safe(local_C: Tensor, z_CS: Tensor) -> tuple[Tensor, Tensor]:
+def capped(z: Tensor, transform: Transform) -> Tensor:
+    """z in place of factor * (h . w + b), of any shape."""
+    if transform.softcap is None:
+        return z
+    return z.div_(transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
+
+
+def within(local_C: Tensor, z_CS: Tensor) -> tuple[Tensor, Tensor]:
     """The targets as columns of a tile with 0 where they lie outside of it, and where they do
     not."""
     inside_C = (local_C >= 0) & (local_C < z_CS.shape[1])
     return torch.where(inside_C, local_C, 0), inside_C
 
 
-def _softcap_slope(z_CS: Tensor, transform: Transform) -> Tensor:
+def softcap_slope(z_CS: Tensor, transform: Transform) -> Tensor:
     """dz / d(h . w + b) at each logit: slope * (1 - (z T / cap)^2)."""
     assert transform.softcap is not None
     ratio_CS = z_CS * (transform.temperature / transform.softcap)

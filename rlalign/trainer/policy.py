@@ -26,9 +26,10 @@ from rlalign.models.head import build_head, refuse_unless_own
 from rlalign.models.load import load_causal_lm
 from rlalign.models.lora import adapters_off, attach_lora, merged_weights, save_weights
 from rlalign.models.norm import quicken_norms
-from rlalign.models.pack import collect, make_pack
+from rlalign.models.pack import Pack, collect, make_pack
 from rlalign.models.packed import install, packed_hidden, padded_hidden, replaceable
-from rlalign.trainer.rows import plan_rows
+from rlalign.trainer.gradient_norms import GradientNorms, gradient_norms
+from rlalign.trainer.rows import RowPlan, plan_rows
 from rlalign.types import TrainBatch
 
 
@@ -102,14 +103,20 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         entropy: bool = False,
         reference: bool = False,
-    ) -> PolicyOutput:
+        grad_params: str | None = None,
+        set_id_B: Tensor | None = None,
+    ) -> PolicyOutput | GradientNorms:
         """Log-probs (and entropies, nats) of the batch's completion tokens, by the current policy
-        or by the reference, at `temperature` > 0.
+        or by the reference, at `temperature` > 0. With `grad_params` instead the norms of each
+        row's gradient with respect to that tensor, and of the mean gradient of each set of rows
+        (trainer/gradient_norms.py): here, since an engine may hold whole parameters only here.
 
         A batch without completion tokens runs one idle token, and its output is connected to the
         graph of every parameter, with gradients of zero.
         Raises ValueError for a completion without a prompt token before it.
         """
+        if grad_params is not None:
+            return gradient_norms(self, batch, temperature, grad_params, set_id_B)
         if not reference:
             return self._score(batch, temperature, entropy)
         if self._lora:
@@ -147,12 +154,16 @@ class Policy(nn.Module):
         for row, logp_T in zip(rows, actual_BT, strict=True):
             refuse_unless_own(self.model, row, logp_T[: len(row) - 1])
 
+    def hidden_states(self, plan: RowPlan, pack: Pack) -> Tensor:
+        """Final hidden states [M, D] of the token before each completion token; `pack` is that of
+        the plan's sequences."""
+        hidden_ND = (packed_hidden if self.packing else padded_hidden)(self.model, pack)
+        return collect(hidden_ND, plan.places(pack).to(hidden_ND.device))
+
     def _score(self, batch: TrainBatch, temperature: float, entropy: bool) -> PolicyOutput:
         device = self.head.weight.device
         plan = plan_rows(batch, share_prompts=self.packing)
-        pack = make_pack(plan.sequences, plan.parents, device)
-        hidden_ND = (packed_hidden if self.packing else padded_hidden)(self.model, pack)
-        hidden_MD = collect(hidden_ND, plan.places(pack).to(device))
+        hidden_MD = self.hidden_states(plan, make_pack(plan.sequences, plan.parents, device))
         scored = self.head(hidden_MD, plan.target_M.to(device), temperature, entropy)
         shape, cell_M = batch.mask_BT.shape, plan.cell_M.to(device)
         logp_BT = _scatter(scored.logp, cell_M, shape)
