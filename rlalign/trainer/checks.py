@@ -21,6 +21,7 @@ def check_config(config: Config) -> None:
             "rollout.engine=server, or set rollout.max_lag=0"
         )
     _check_oversample(config)
+    _check_allocation(config)
     if config.rollout.engine in ("vllm", "server"):
         _check_vllm(config)
 
@@ -72,6 +73,17 @@ def _check_oversample(config: Config) -> None:
             f"rollout.oversample = {rollout.oversample:g} carries groups over an update: set "
             "rollout.server.in_flight=keep, so that they go on under the new weights"
         )
+
+
+def _check_allocation(config: Config) -> None:
+    allocator = config.algo.allocation.allocator
+    if allocator in (None, "uniform") or not config.rollout.max_lag:
+        return
+    raise ConfigError(
+        f"algo.allocation.allocator = {allocator} measures gradients before it shares samples out, "
+        f"and the trainer that does is busy with rollout.max_lag = {config.rollout.max_lag}: use "
+        "rollout.max_lag=0, or allocator=uniform"
+    )
 
 
 def _check_rewards(config: Config) -> None:
