@@ -11,8 +11,9 @@ and k of them half the mean over their pairs, s^2 / (2 beta) with s^2 the sample
 
 This is RLOO's gradient with the KL in the reward, but it needs no samples of the policy: every pair
 costs nothing at pi* ~ pi_ref exp(R / beta), so pi* minimises the loss whatever distribution the
-completions come from, without its probabilities, ratios or clips. Keeping beta rho in A is what
-makes that true; no other baseline may be put in its place.
+completions come from, without its probabilities, ratios or clips. What makes that true is beta rho
+in the baseline: off-policy, one of scores alone, or none, moves the optimum. Of completions that
+are never seen, or never compared, nothing is learned (examples/copg_bandit.py shows all this).
 
 Special cases: scores of +1/4 and -1/4 give IPO, (1/2 - beta (rho_1 - rho_2))^2 / (2 beta) under
 scale=pair; completions sampled from pi give RLOO; beta=0 under loss_type=surrogate gives REINFORCE
