@@ -95,8 +95,6 @@ def copg_loss(
     total = float(weight_G.sum() if num_groups is None else num_groups)
     if not total > 0:
         raise AlgoError(f"the groups' losses cannot be divided by num_groups={total}; it is > 0")
-    if skip_tied_groups:
-        weight_G = weight_G * ~found.tied_G
     a_N = _regularised_reward(found, beta)
     advantage_N = _leave_one_out(a_N.detach(), found)
     if pair_weight_NN is not None:
@@ -108,6 +106,8 @@ def copg_loss(
             loss_G = factor_G * _squares(a_N, share_N, found) / (2 * beta)
         else:
             loss_G = -factor_G * found.sum_G(share_N * advantage_N * found.logp_N)
+    if skip_tied_groups:
+        loss_G = loss_G * ~found.tied_G
     metrics = copg_metrics(found, a_N.detach(), beta, loss_G.detach(), weight_G)
     return CoPGOutput((weight_G * loss_G).sum() / total, advantage_N, metrics)
 
@@ -152,7 +152,7 @@ def sequence_logratio(
     policy_BT = torch.where(inside_BT, logp_BT.to(wide), zero_BT)
     reference_BT = torch.where(inside_BT, logp_ref_BT.detach().to(wide), zero_BT)
     rho_B = (policy_BT - reference_BT).sum(1)
-    length_B = inside_BT.sum(1).clamp(min=1)
+    length_B = inside_BT.sum(1)
     return rho_B / length_divisor(rho_B, length_normalization, length_B, max_completion_length)
 
 

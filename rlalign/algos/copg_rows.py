@@ -128,7 +128,7 @@ def prepare(
     peers_N = present_N * (size_G[index_N] - source_size_N)
     stats = group_stats(score_N, index_N, valid_N, options.get("tie_tol", 1e-8))
     tied_G = torch.zeros_like(size_G, dtype=torch.bool)
-    tied_G[index_N] = stats.tied_B & (stats.count_B > 1)
+    tied_G[index_N] = stats.tied_B
     divisor = length_divisor(
         policy_N,
         options.get("length_normalization", "none"),

@@ -277,7 +277,9 @@ def test_a_group_of_weight_two_counts_as_if_it_stood_there_twice():
     assert weighted == pytest.approx(twice, abs=1e-12)
 
 
-def test_pair_weights_multiply_their_pairs():
+@pytest.mark.parametrize("source", [None, [0, 0, 1, 1, 0, 0, 1]])
+def test_pair_weights_multiply_their_pairs(source):
+    """The fourth row, of group 1, is left out."""
     rho, score = torch.randn(2, 7, dtype=torch.float64)
     weight_NN = torch.rand(7, 7, dtype=torch.float64)
     weight_NN = weight_NN + weight_NN.T
@@ -288,12 +290,15 @@ def test_pair_weights_multiply_their_pairs():
         group,
         BETA,
         "pair",
-        weight=lambda i, j: weight_NN[i, j].item(),
+        source,
+        weight=lambda i, j: 0.0 if 3 in (i, j) else weight_NN[i, j].item(),
     )
     ours, ours_N = value_and_gradient(
         rho,
         score,
         group_id_N=torch.tensor(group),
+        source_id_N=None if source is None else torch.tensor(source),
+        valid_N=torch.arange(7) != 3,
         beta=BETA,
         scale="pair",
         pair_weight_NN=weight_NN,
@@ -319,3 +324,8 @@ def test_tied_groups_can_be_skipped_and_still_count():
     )
     assert loss == pytest.approx(other / 2, abs=1e-12)
     assert gradient_N[:2].tolist() == [0.0, 0.0] and (gradient_N[2:] != 0).all()
+    output = copg_loss(
+        f64(rho), None, f64(score), num_generations=2, beta=BETA, skip_tied_groups=True
+    )
+    mean_loss = algos.finalize_metrics(output.metrics)["copg/loss"]
+    assert mean_loss == pytest.approx(other / 2, abs=1e-12)

@@ -39,6 +39,15 @@ def test_a_log_ratio_is_summed_inside_the_mask_whatever_stands_outside(normaliza
     torch.testing.assert_close(gradient, mask * f64(share)[:, None], **EXACT)
 
 
+@pytest.mark.parametrize("normalization", ["none", "mean"])
+def test_a_row_without_tokens_has_a_log_ratio_of_zero(normalization):
+    logp = torch.full((1, 2), NAN, requires_grad=True)
+    rho = sequence_logratio(logp, logp, torch.zeros(1, 2), length_normalization=normalization)
+    rho.sum().backward()
+    assert rho.tolist() == [0.0]
+    assert logp.grad is not None and logp.grad.tolist() == [[0.0, 0.0]]
+
+
 def test_summed_log_probs_are_divided_as_tokens_are():
     logp, ref = torch.randn(2, 6, 5, dtype=torch.float64)
     mask = (torch.rand(6, 5) < 0.6).long()
