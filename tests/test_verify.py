@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from rlalign import algos, verify
-from rlalign.algos import advantage, aggregate, kl, loss, mismatch, segments, surrogate
+from rlalign.algos import advantage, aggregate, copg, kl, loss, mismatch, segments, surrogate
 from rlalign.verify import table
 
 CUSTOM = """
@@ -98,6 +98,13 @@ def _mutate(monkeypatch, name: str) -> None:
         monkeypatch.setattr(
             mismatch, "_bounded", lambda w, cfg: torch.ones_like(w) * (w > 0) * 1.001
         )
+    elif name == "beta of the objective in the gradient":
+        whole = copg._regularised_reward
+        monkeypatch.setattr(copg, "_regularised_reward", lambda rows, beta: whole(rows, beta / 2))
+    elif name == "scores alone in the advantage":
+        monkeypatch.setattr(
+            copg, "_regularised_reward", lambda rows, beta: rows.centred(rows.score_N)
+        )
     else:
         raise ValueError(name)
 
@@ -112,6 +119,11 @@ def _mutate(monkeypatch, name: str) -> None:
         ("no tie guard", "equal rewards give exactly 0"),
         ("k3 upside down", "loss = the formula in float64 loops"),
         ("denominator off by one percent", "every mode and prompt weighting = float64 loops"),
+        (
+            "beta of the objective in the gradient",
+            "copg: loss and gradient = the sum over pairs in loops",
+        ),
+        ("scores alone in the advantage", "copg: at pi* no pair pulls, whatever the data are"),
         ("correction is not the ratio", "ESS = (sum w)^2 / sum w^2 / n"),
     ],
 )

@@ -39,6 +39,16 @@ def segment_sum(value_B: Tensor, index_B: Tensor, num_groups: int) -> Tensor:
     return value_B.new_zeros(num_groups).index_add(0, index_B, value_B)
 
 
+def same_group_pairs(index_B: Tensor) -> tuple[Tensor, Tensor]:
+    """All pairs of rows i < j of one group: their row numbers, two int64 tensors of one length.
+
+    Takes B^2 bytes in between.
+    """
+    same_BB = index_B[:, None] == index_B
+    first, second = torch.triu(same_BB, diagonal=1).nonzero(as_tuple=True)
+    return first, second
+
+
 def is_tied(low: Tensor, high: Tensor, tie_tol: float) -> Tensor:
     """Whether a spread is zero up to `tie_tol` relative to the larger magnitude.
 
@@ -59,17 +69,18 @@ def group_stats(value_B: Tensor, group_id_B: Tensor, valid_B: Tensor, tie_tol: f
     mean_G = segment_sum(usable_B, index_B, num_groups) / count_G.clamp(min=1)
     centred_B = torch.where(valid_B, usable_B - mean_G[index_B], torch.zeros_like(value_B))
     variance_G = segment_sum(centred_B**2, index_B, num_groups) / (count_G - 1).clamp(min=1)
-    low_G = _extreme(value_B, valid_B, index_B, num_groups, "amin")
-    high_G = _extreme(value_B, valid_B, index_B, num_groups, "amax")
+    low_G = segment_extreme(value_B, valid_B, index_B, num_groups, "amin")
+    high_G = segment_extreme(value_B, valid_B, index_B, num_groups, "amax")
     tied_G = is_tied(low_G, high_G, tie_tol) | (count_G < 2)
     return GroupStats(
         count_G[index_B], mean_G[index_B], variance_G.sqrt()[index_B], tied_G[index_B]
     )
 
 
-def _extreme(
+def segment_extreme(
     value_B: Tensor, valid_B: Tensor, index_B: Tensor, num_groups: int, reduce: str
 ) -> Tensor:
+    """The smallest (amin) or largest (amax) valid value per group, 0 where there is none: [G]."""
     extreme_G = value_B.new_zeros(num_groups)
     return extreme_G.scatter_reduce(
         0, index_B[valid_B], value_B[valid_B], reduce, include_self=False

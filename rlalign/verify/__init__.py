@@ -6,6 +6,7 @@ that `rlalign verify` prints. A module of this package registers its properties 
 
 from rlalign.verify import (
     aggregation,
+    contrastive,
     credit,
     divergence,
     gradients,
@@ -22,6 +23,7 @@ __all__ = [
     "Check",
     "Property",
     "aggregation",
+    "contrastive",
     "credit",
     "divergence",
     "gradients",

@@ -6,6 +6,7 @@ rows; `mask[i][t]` is 0 or 1; `cfg` is a resolved AlgoConfig, read for its setti
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -222,6 +223,27 @@ def _ratio_slopes(level: str, tokens: Sequence[int], t: int) -> list[tuple[int, 
     if level in ("token", "sequence_token"):
         return [(t, 1.0)]
     return [(u, 1 / len(tokens) if level == "sequence" else 1.0) for u in tokens]
+
+
+def copg(
+    rho: Row, score: Row, group: Sequence[int], beta: float, scale: str
+) -> tuple[float, list[float]]:
+    """CoPG's loss, a mean over groups of sums over pairs, and its derivative in every log-prob
+    (Flet-Berliac et al. 2024; `command_a` is the group form of arXiv 2504.00698)."""
+    total, gradient = 0.0, [0.0] * len(rho)
+    regularised = [r - beta * x for r, x in zip(score, rho, strict=True)]
+    labels = set(group)
+    for label in labels:
+        rows = [i for i, g in enumerate(group) if g == label]
+        for i, j in itertools.combinations(rows, 2):
+            k = len(rows)
+            factor = {"pair": 1.0, "rloo": 1 / (k * (k - 1)), "command_a": 2 * beta / (k - 1)}
+            weight = factor[scale] / len(labels)
+            gap = regularised[i] - regularised[j]
+            total += weight * gap**2 / (2 * beta)
+            gradient[i] -= weight * gap
+            gradient[j] += weight * gap
+    return total, gradient
 
 
 def _spread(values: dict, mask: Matrix) -> list[list[float]]:
