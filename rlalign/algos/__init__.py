@@ -23,6 +23,7 @@ from rlalign.algos.metrics import finalize_metrics, merge_metrics
 from rlalign.algos.mismatch import rollout_weights
 from rlalign.algos.registry import (
     compute_advantages,
+    couples_rows,
     expansion,
     get,
     names,
@@ -57,6 +58,7 @@ __all__ = [
     "allocate",
     "attach_weights",
     "compute_advantages",
+    "couples_rows",
     "depends_on_split",
     "estimate_kl",
     "expansion",

@@ -51,6 +51,26 @@ class PilotStats:
     def rate_m(self) -> Tensor:
         return self.right_m.double() / self.num_samples_m.clamp(min=1)
 
+    def shrunk(self, prior: float) -> PilotStats:
+        """As if each prompt had had `prior` more samples of the shard's mean accept rate, and as
+        many more accepted ones of the mean norms."""
+        if not prior:
+            return self
+        k_m, prior_k = self.right_m, prior * float(self.rate_m.mean())
+
+        def mixed(value_m: Tensor) -> Tensor:
+            mean = (k_m * value_m).sum() / k_m.sum().clamp(min=1)
+            return (k_m * value_m + prior_k * mean) / (k_m + prior_k).clamp(min=1e-12)
+
+        return dataclasses.replace(
+            self,
+            num_samples_m=self.num_samples_m + prior,
+            right_m=k_m + prior_k,
+            right_norm_m=mixed(self.right_norm_m),
+            right_square_m=mixed(self.right_square_m),
+            right_mean_square_m=mixed(self.right_mean_square_m),
+        )
+
     @staticmethod
     def of_norms(
         norm_B: Tensor, right_B: Tensor, prompt_B: Tensor, num_prompts: int, mean_square_m: Tensor
@@ -158,6 +178,7 @@ class GvmAllocator(Allocator):
         self._taken = 0
 
     def begin(self, stats: PilotStats) -> None:
+        stats = stats.shrunk(self.section.rate_prior)
         super().begin(stats)
         budget, rate_m = self.budget(len(stats.right_m)), stats.rate_m
         self._weight_m = gvm.filtered(
@@ -253,11 +274,12 @@ class CuresAllocator(Allocator):
 
 
 def pilot_weight(cfg: AlgoConfig) -> float:
-    """How much a pilot group counts beside its prompt's own group: N'/b where prompts are weighed;
-    where samples are, a group counts by their number, and each of them once."""
+    """How much a pilot group counts beside its prompt's own group: `pilot_weight` N'/b where prompts
+    are weighed; where samples are, a group counts by their number."""
     section = cfg.allocation
     by_prompt = cfg.prompt_weighting == "prompt"
-    return section.num_pilot_samples / section.budget_per_prompt if by_prompt else 1.0
+    share = section.num_pilot_samples / section.budget_per_prompt if by_prompt else 1.0
+    return section.pilot_weight * share
 
 
 def needs_mean_gradients(cfg: AlgoConfig) -> bool:

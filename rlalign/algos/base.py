@@ -82,6 +82,7 @@ class Algorithm:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     paper_settings: Mapping[str, Any] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    couples_rows: bool = False  # a row's loss depends on the current log-probs of its whole group
     allocator: str = "uniform"  # how many samples each prompt gets: algos/allocate.py
     credit: Credit = compute_advantages
     loss: Loss = policy_loss

@@ -31,13 +31,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rlalign.algos.base import Algorithm
 from rlalign.algos.copg_metrics import copg_metrics
 from rlalign.algos.copg_rows import RowOptions, Rows, length_divisor, prepare
 from rlalign.algos.errors import AlgoError
-from rlalign.algos.segments import same_group_pairs, segment_sum
+from rlalign.algos.loss import LossOutput
+from rlalign.algos.segments import compact, same_group_pairs, segment_sum
+from rlalign.types import TrainBatch
 
 if TYPE_CHECKING:
     from typing import Unpack
+
+    from rlalign.config.schema import AlgoConfig
 
 LOSS_TYPES = ("square", "surrogate")
 SCALES = ("rloo", "pair", "command_a")
@@ -220,3 +225,69 @@ def _check_options(beta: float, loss_type: str, scale: str, pair_weight_NN: Tens
             f"pair weights with algo.copg.loss_type={loss_type}, algo.copg.scale={scale}: they "
             "weigh a sum over pairs; use loss_type=square with scale=pair"
         )
+
+
+def batch_loss(
+    logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig, *, entropy_BT: Tensor | None = None
+) -> LossOutput:
+    """`copg_loss` of the whole groups in `batch`, as a trainer calls it (algos/base.py).
+
+    A group's share of the loss is the sum over its rows of their weights, which were fixed on the
+    whole optimizer batch. Rows without a token inside the mask (truncated, not scorable) are left
+    out of their groups. Without a reference (beta 0) rho is the log-prob itself.
+    """
+    if batch.weight_BT is None or (cfg.beta and batch.logp_ref_BT is None):
+        raise AlgoError("CoPG needs weight_BT and, where beta > 0, logp_ref_BT in the batch")
+    valid_B = batch.mask_BT.bool().any(1) & batch.reward_B.isfinite()
+    ref_BT = torch.zeros_like(logp_BT) if batch.logp_ref_BT is None else batch.logp_ref_BT
+    max_length, section = int(cfg.loss_scale_factor or 0) or None, cfg.copg
+    rho_B = sequence_logratio(
+        logp_BT,
+        ref_BT,
+        batch.mask_BT,
+        length_normalization=section.length_normalization,
+        max_completion_length=max_length,
+    )
+    index_B, num_groups = compact(batch.group_id_B)
+    share_G = segment_sum(batch.weight_BT.amax(1), index_B, num_groups)
+    found = copg_loss(
+        rho_B,
+        None,
+        torch.where(valid_B, batch.reward_B, 0.0),
+        beta=cfg.beta or 0.0,
+        loss_type=section.loss_type,
+        scale=section.scale,
+        group_weight_N=share_G[index_B],
+        num_groups=1.0,
+        skip_tied_groups=section.skip_tied_groups,
+        group_id_N=batch.group_id_B,
+        valid_N=valid_B,
+        source_id_N=batch.source_id_B if section.compare_sources else None,
+        tie_tol=cfg.reward_tie_tol,
+    )
+    metrics = dict(found.metrics)
+    if entropy_BT is not None:
+        inside_BT = batch.mask_BT.bool()
+        total = torch.where(inside_BT, entropy_BT.detach(), 0.0).sum()
+        metrics["entropy"] = (total, inside_BT.sum().to(total.dtype))
+    return LossOutput(found.loss, metrics)
+
+
+ALGORITHM = Algorithm(
+    name="copg",
+    summary="Regression of score differences on log-ratio differences: any completions do.",
+    source="Flet-Berliac et al. 2024, arXiv 2406.19185",
+    defaults={
+        "adv_estimator": "rloo",  # what the sample table shows; the loss has its own
+        "scale_rewards": "none",
+        "policy_loss": "reinforce",
+        "loss_agg_mode": "seq-mean-token-sum",
+        "prompt_weighting": "prompt",
+        "beta": 0.06,
+        "kl_in": "loss",
+        "kl_estimator": "k2",
+    },
+    paper_settings={"num_generations": 2, "trainer.optim.learning_rate": 1e-6},
+    loss=batch_loss,
+    couples_rows=True,
+)

@@ -134,6 +134,11 @@ def policy_loss(
     return get(cfg.loss_type).loss(logp_BT, batch, cfg, entropy_BT=entropy_BT)
 
 
+def couples_rows(cfg: AlgoConfig) -> bool:
+    """Whether a row's loss depends on the current log-probs of its whole group."""
+    return get(cfg.loss_type).couples_rows
+
+
 def needs_reference(cfg: AlgoConfig) -> bool:
     """Whether reference log-probs are needed at all."""
     return bool(cfg.beta)

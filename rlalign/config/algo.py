@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from rlalign.config.allocation import AllocationConfig
+from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
 
 
@@ -140,5 +141,6 @@ class AlgoConfig:
     num_minibatches: int = option(1, "Optimizer steps per pass.", ge=1)
     entropy_coef: float = option(0.0, "Entropy bonus.", ge=0)
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig, "Dynamic sampling.")
+    copg: CopgConfig = section(CopgConfig, "Contrastive policy gradient.")
     allocation: AllocationConfig = section(AllocationConfig, "Which samples, and how many.")
     mismatch: MismatchConfig = section(MismatchConfig, "Engine/trainer correction.")

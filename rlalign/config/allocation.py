@@ -43,6 +43,15 @@ class AllocationConfig:
     train_on_pilot: bool = option(
         True, "The pilot's samples train in the first step after it, as groups of their own."
     )
+    pilot_weight: float = option(
+        1.0, "How much a pilot sample counts beside one of its prompt's own.", ge=0
+    )
+    rate_prior: float = option(
+        0.0,
+        "GVM: pseudo-samples, with the shard's mean accept rate and norm, that each prompt's "
+        "estimates begin with. Above 0 no prompt is given up for an unlucky pilot.",
+        ge=0,
+    )
     min_samples: int = option(0, "Fewest samples of a prompt.", ge=0)
     max_samples: int | None = option(None, "Most samples of a prompt.", ge=1)
     rounding: str = option(

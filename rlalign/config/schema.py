@@ -14,6 +14,7 @@ from omegaconf import MISSING
 
 from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig
 from rlalign.config.allocation import AllocationConfig
+from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 
@@ -21,6 +22,7 @@ __all__ = [
     "AlgoConfig",
     "AllocationConfig",
     "Config",
+    "CopgConfig",
     "FilterGroupsConfig",
     "KernelsConfig",
     "LoraConfig",
