@@ -30,7 +30,7 @@ from rlalign.tasks.load import check_report, report_of
 from rlalign.tasks.prompt_set import BadRow, PromptSet
 from rlalign.tasks.rows import RowProblem
 from rlalign.tasks.scored_rows import Completion, ScoredRow, read_scored
-from rlalign.tasks.source import EMPTY_PROMPT, LONG_COMPLETION, TOO_LONG, WRONG_TYPE
+from rlalign.tasks.source import LONG_COMPLETION, MALFORMED, TOO_LONG
 from rlalign.types import FINISH_LENGTH, FINISH_STOP, Group, Prompt, Sample, Scores
 
 TRANSFORMS = ("none", "standardize", "clip")
@@ -162,7 +162,9 @@ def _joined(row: ScoredRow, more: ScoredRow) -> ScoredRow:
         "further": [*row.prompt.columns.get("further", ()), dict(more.prompt.columns)],
     }
     prompt = dataclasses.replace(row.prompt, columns=columns)
-    return dataclasses.replace(row, prompt=prompt, completions=row.completions + more.completions)
+    [last] = more.completions
+    last = dataclasses.replace(last, index=len(row.completions))
+    return dataclasses.replace(row, prompt=prompt, completions=(*row.completions, last))
 
 
 def _check_tokens(row: ScoredRow, vocabulary: int, max_prompt_length: int) -> None:
@@ -176,7 +178,7 @@ def _check_tokens(row: ScoredRow, vocabulary: int, max_prompt_length: int) -> No
         strange = [token for token in ids if not 0 <= token < vocabulary]
         if strange:
             raise RowProblem(
-                WRONG_TYPE,
+                MALFORMED,
                 f"token id {strange[0]}, and the tokenizer has {vocabulary}: these ids are another "
                 "tokenizer's",
             )
@@ -212,18 +214,18 @@ class _Reader:
     def completions(self, row: ScoredRow) -> tuple[Completion, ...]:
         """Those that train, equal ones merged. Raises RowProblem."""
         found: dict[tuple[int, ...], list[Completion]] = {}
-        for i, completion in enumerate(row.completions):
+        for completion in row.completions:
             ids = completion.token_ids or ()
             if not ids:
-                raise RowProblem(EMPTY_PROMPT, f"completion {i} has no tokens")
-            if not self._fits(i, completion, len(ids)):
+                raise RowProblem(MALFORMED, f"completion {completion.index} has no tokens")
+            if not self._fits(completion, len(ids)):
                 continue
-            key = ids if self._cfg.dedup else (i,)
+            key = ids if self._cfg.dedup else (completion.index,)
             found.setdefault(key, []).append(completion)
         self.left_out["merged"] += sum(len(same) - 1 for same in found.values())
         return tuple(_mean(same) for same in found.values())
 
-    def _fits(self, i: int, completion: Completion, length: int) -> bool:
+    def _fits(self, completion: Completion, length: int) -> bool:
         masked = self._cfg.truncated == "mask"
         if completion.truncated and masked:
             self.left_out["truncated"] += 1
@@ -231,8 +233,8 @@ class _Reader:
         if length > self.max_length and not masked:
             raise RowProblem(
                 LONG_COMPLETION,
-                f"completion {i} has {length} tokens, rollout.max_completion_length is "
-                f"{self.max_length}",
+                f"completion {completion.index} has {length} tokens, "
+                f"rollout.max_completion_length is {self.max_length}",
             )
         self.left_out["too long"] += length > self.max_length
         return length <= self.max_length
@@ -303,7 +305,7 @@ def _group(
     samples = tuple(
         Sample(
             prompt_id=row.prompt.id,
-            index=i,
+            index=completion.index,
             token_ids=completion.token_ids or (),
             logp=(0.0,) * len(completion.token_ids or ()),
             finish_reason=FINISH_LENGTH if completion.truncated else FINISH_STOP,
@@ -311,7 +313,7 @@ def _group(
             text=_shown(completion, tokenizer),
             source_id=number[completion.source],
         )
-        for i, completion in enumerate(row.completions)
+        for completion in row.completions
     )
     score_B = torch.tensor([c.score for c in row.completions])
     return ScoredGroup(

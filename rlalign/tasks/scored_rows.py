@@ -42,9 +42,10 @@ EACH = ("completion_ids", "truncated", "source", "ref_logps")  # one entry a com
 class Completion:
     """One completion of a prompt as the data has it; `score` is NaN where rewards are to say it.
 
-    >>> Completion("83", None, 1.0, truncated=False, source="human", ref_logp=None)
+    >>> Completion(0, "83", None, 1.0, truncated=False, source="human", ref_logp=None)
     """
 
+    index: int  # among those of the prompt
     text: str | None  # None: given as token ids only
     token_ids: tuple[int, ...] | None  # None: to be tokenised
     score: float
@@ -84,6 +85,7 @@ def read_scored(prompt: Prompt, *, need_scores: bool) -> ScoredRow:
             raise RowProblem(LENGTHS_DIFFER, f"{count} completions, {len(values)} {name}")
     completions = tuple(
         Completion(
+            index=i,
             text=None if text is None else _text(i, text, prompt.source),
             token_ids=None if ids is None else _token_ids(f"completion_ids {i}", ids),
             score=score,

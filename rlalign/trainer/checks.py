@@ -13,9 +13,9 @@ from rlalign.tasks.scored import check_transform
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
+    _check_completions(config)
     _check_rewards(config)
     _check_trainer(config)
-    _check_completions(config)
     if config.rollout.max_lag and config.rollout.engine != "server":
         raise ConfigError(
             f"rollout.max_lag = {config.rollout.max_lag} needs an engine in another process, not "
