@@ -16,6 +16,7 @@ import torch
 from rlalign.config import ScoredConfig, TaskConfig
 from rlalign.models.tokenizer import build_tokenizer
 from rlalign.tasks import ScoredSet, TaskError, load_prompts, load_scored
+from tests.support import ROOT
 
 TOKENIZER = build_tokenizer()
 EOS = TOKENIZER.eos_token_id
@@ -353,6 +354,15 @@ def test_an_empty_completion_is_its_end_alone_and_nothing_where_it_was_cut(tmp_p
     assert samples[0][0] == (EOS,)
     row = {**ONE, "completions": ["", "3"], "truncated": [True, False]}
     assert "completion 0 has no tokens" in message(tmp_path, row, scored={"truncated": "keep"})
+
+
+def test_the_example_of_the_docs_is_read_as_they_say(tmp_path):
+    lines = (ROOT / "docs" / "data.md").read_text().splitlines()
+    [line] = [line for line in lines if line.startswith('{"prompt"') and "scores" in line]
+    (tmp_path / "data.jsonl").write_text(line + "\n")
+    scored = load(tmp_path / "data.jsonl")
+    assert (texts(scored), rewards(scored)) == (["A.", "B."], pytest.approx([0.71, -0.2]))
+    assert scored.sources == ("human", "old-policy")
 
 
 def test_a_mixed_run_that_scores_everything_needs_no_scores(tmp_path):
