@@ -34,7 +34,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     from rlalign.trainer.checks import check_config
 
     config = parse_config(source, overrides)
-    shared = config.rollout.engine == "hf"
+    shared = config.rollout.engine in ("hf", "none")
     config.algo = algos.resolve(config.algo, engine_shares_parameters=shared)
     check_config(config)
     return config

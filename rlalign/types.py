@@ -58,7 +58,8 @@ class Sample:
 
     `token_ids` include the end-of-sequence token when one was sampled. `logp` are the behaviour
     policy's log-probs of those tokens at the sampling temperature (same length). `spans` say which
-    policy version made which tokens and add up to the same length.
+    policy version made which tokens and add up to the same length. A completion that the data
+    brought along (`source_id` above 0) has zeros for `logp`, which nobody knows, and no spans.
 
     >>> Sample("gsm8k/17", 0, (5, 1), (-0.1, -0.02), "stop", (VersionSpan(2, 12),), text="4")
     """
@@ -71,6 +72,7 @@ class Sample:
     spans: tuple[VersionSpan, ...]
     text: str = ""
     parent: str | None = None  # id of the node this sample continues, for trees
+    source_id: int = 0  # 0: sampled in this run; from 1 on: which source of the data wrote it
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +135,7 @@ class TrainBatch:
     group_weight_B: torch.Tensor | None = None  # float32, that of the row's group; None: all 1
     # float32; the share of the policy's term where it is not that of the KL and the entropy
     policy_weight_BT: torch.Tensor | None = None
+    source_id_B: torch.Tensor | None = None  # int64, as in Sample; None: all sampled in this run
 
     def __len__(self) -> int:
         return len(self.sequences)

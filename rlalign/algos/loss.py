@@ -48,6 +48,7 @@ class Terms:
     """The batch with everything outside the mask replaced by 0, at least float32."""
 
     inside_BT: Tensor  # bool
+    sampled_BT: Tensor  # bool: those inside that an engine sampled, whose rollout_BT is known
     logp_BT: Tensor
     old_BT: Tensor  # detached: denominator of the policy ratio
     trainer_BT: Tensor  # detached: the trainer's side of the engine/trainer gap
@@ -73,7 +74,7 @@ def policy_loss(
     level = cfg.importance_sampling_level or ""
     ratio = policy_ratio(terms.logp_BT, terms.old_BT, terms.inside_BT, level)
     loss_BT, clipped = surrogate(ratio, terms.advantage_BT, terms.logp_BT, cfg)
-    found = correction(terms.trainer_BT, terms.rollout_BT, terms.inside_BT, cfg)
+    found = correction(terms.trainer_BT, terms.rollout_BT, terms.sampled_BT, cfg)
     if corrects(cfg):
         loss_BT = loss_BT * _correction_weight(found, batch, cfg)
     loss = (terms.policy_weight_BT * loss_BT).sum()
@@ -82,7 +83,7 @@ def policy_loss(
     if cfg.entropy_coef:
         loss = loss - cfg.entropy_coef * (terms.weight_BT * _entropy(entropy_BT, terms)).sum()
     metrics = _metrics(terms, clipped, entropy_BT)
-    metrics |= mismatch_metrics(found, terms.trainer_BT, terms.rollout_BT, terms.inside_BT)
+    metrics |= mismatch_metrics(found, terms.trainer_BT, terms.rollout_BT, terms.sampled_BT)
     return LossOutput(loss, metrics)
 
 
@@ -114,8 +115,12 @@ def _terms(logp_BT: Tensor, batch: TrainBatch, cfg: AlgoConfig) -> Terms:
     if ref_BT is not None or (cfg.beta and cfg.kl_in == "loss"):
         ref_BT = masked(ref_BT, "logp_ref_BT").detach()
     weight_BT = masked(batch.weight_BT, "weight_BT").detach()
+    sampled_BT = inside_BT
+    if batch.source_id_B is not None:
+        sampled_BT = inside_BT & (batch.source_id_B == 0)[:, None]
     return Terms(
         inside_BT,
+        sampled_BT,
         logp_BT,
         rollout_BT if cfg.mismatch.bypass_mode else old_BT,
         logp_BT.detach() if cfg.mismatch.bypass_mode else old_BT,

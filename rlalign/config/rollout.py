@@ -108,8 +108,9 @@ class RolloutConfig:
 
     engine: str = option(
         "vllm",
-        "hf shares the trainer's parameters; vllm runs beside it; server: see `rlalign serve`.",
-        choices=("hf", "vllm", "server"),
+        "hf shares the trainer's parameters; vllm runs beside it; server: see `rlalign serve`; "
+        "none: nothing is sampled, with task.completions=dataset.",
+        choices=("hf", "vllm", "server", "none"),
     )
     max_completion_length: int = option(256, "Longest completion, tokens.", ge=1)
     temperature: float = option(

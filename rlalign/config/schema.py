@@ -17,6 +17,7 @@ from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
+from rlalign.config.scored import ScoredConfig
 
 __all__ = [
     "AlgoConfig",
@@ -32,6 +33,7 @@ __all__ = [
     "RewardSpec",
     "RewardsConfig",
     "RolloutConfig",
+    "ScoredConfig",
     "ServeConfig",
     "ServerConfig",
     "TaskConfig",
@@ -97,6 +99,13 @@ class TaskConfig:
         "error", "A broken row stops the run, or is skipped and counted.", choices=("error", "skip")
     )
     shuffle: bool = option(True, "Shuffle prompts every epoch, keyed by the seed.")
+    completions: str = option(
+        "rollout",
+        "What is trained on: samples of the policy (rollout), completions and scores that the data "
+        "holds (dataset), or groups of both (mixed).",
+        choices=("rollout", "dataset", "mixed"),
+    )
+    scored: ScoredConfig = section(ScoredConfig, "How the data's completions are read.")
 
 
 @dataclass
@@ -119,7 +128,7 @@ class RewardSpec:
 class RewardsConfig:
     """How good a sample is."""
 
-    functions: list[RewardSpec] = option([], "At least one.")
+    functions: list[RewardSpec] = option([], "At least one, where anything is scored.")
     timeout_s: float = option(
         60.0, "Deadline of one call of one function on one batch, seconds.", gt=0
     )

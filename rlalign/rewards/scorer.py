@@ -65,7 +65,7 @@ class Scorer:
         self._runners = runners
         self._accuracy = accuracy_index(cfg)
         self._closed = False
-        self._threads = ThreadPoolExecutor(len(runners), "rewards")
+        self._threads = ThreadPoolExecutor(max(1, len(runners)), "rewards")
         try:
             self._takes = list(self._threads.map(lambda runner: runner.start(), runners))
         except BaseException:
@@ -77,6 +77,8 @@ class Scorer:
         function's verdicts failed, or a column it needs is not there."""
         if self._closed:
             raise RewardError("this scorer is closed; build another")
+        if not self._runners:
+            raise RewardError("this scorer was built without a reward function; build another")
         call = call_of(groups)
         if not len(call):
             return Scores(torch.zeros(0), torch.zeros(0))

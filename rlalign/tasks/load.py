@@ -24,7 +24,16 @@ from rlalign.tasks.parquet import open_parquet
 from rlalign.tasks.prompt_set import BadRow, LoadReport, PromptSet
 from rlalign.tasks.reasoning_gym import open_task
 from rlalign.tasks.rows import Row, RowProblem, read_row
-from rlalign.tasks.source import EMPTY_PROMPT, MISSING_PROMPT, TOO_LONG, Source
+from rlalign.tasks.source import (
+    EMPTY_PROMPT,
+    LENGTHS_DIFFER,
+    LONG_COMPLETION,
+    MISSING_COMPLETIONS,
+    MISSING_PROMPT,
+    NOT_FINITE,
+    TOO_LONG,
+    Source,
+)
 from rlalign.tasks.tokenize import make_encoder
 from rlalign.tasks.verifiers import open_environment
 from rlalign.types import Prompt
@@ -63,7 +72,7 @@ def load_prompts(cfg: TaskConfig, tokenizer: Any, *, split: str, seed: int = 0) 
     renamed = _check_columns(params.pop("columns", {}))
     source = open_source(spec, params, split)
     prompts, report = _read(source, spec, renamed, cfg, tokenizer)
-    _check(report, cfg)
+    check_report(report, cfg)
     return PromptSet(prompts, report, seed=seed, shuffle=cfg.shuffle)
 
 
@@ -150,12 +159,18 @@ def _read(
             bad[row.index] = BadRow(row.place, TOO_LONG, detail)
         else:
             bad[row.index] = BadRow(row.place, EMPTY_PROMPT, "no tokens")
+    return prompts, report_of(spec, num_rows, bad)
+
+
+def report_of(spec: str, num_rows: int, bad: Mapping[int, BadRow]) -> LoadReport:
+    """`bad` by the index of the row."""
     counts = Counter(row.kind for row in bad.values())
     examples = tuple(bad[index] for index in sorted(bad)[:NUM_EXAMPLES])
-    return prompts, LoadReport(spec, num_rows, dict(counts), examples)
+    return LoadReport(spec, num_rows, dict(counts), examples)
 
 
-def _check(report: LoadReport, cfg: TaskConfig) -> None:
+def check_report(report: LoadReport, cfg: TaskConfig) -> None:
+    """Raise TaskError for broken rows unless they may be skipped, and where no row is left."""
     if not report.num_rows:
         raise TaskError(f"{report.source} has no rows: nothing to train or evaluate on")
     if report.num_bad and cfg.on_bad_row == "error":
@@ -173,6 +188,12 @@ def _remedy(kinds: Iterable[str]) -> str:
     remedies = {
         MISSING_PROMPT: "name the prompt's column, e.g. task.params.columns.prompt=question",
         TOO_LONG: "raise task.max_prompt_length",
+        MISSING_COMPLETIONS: "give completions and scores (or chosen and rejected; y1, y2, r1, r2; "
+        "completion and score), or name the columns, e.g. task.params.columns.scores=ratings",
+        LENGTHS_DIFFER: "give one entry a completion",
+        NOT_FINITE: "drop the completions that have no number",
+        LONG_COMPLETION: "raise rollout.max_completion_length, or leave them out with "
+        "task.scored.truncated=mask",
     }
     found = [remedies[kind] for kind in kinds if kind in remedies]
     return "; ".join(found) or "correct the rows"

@@ -14,6 +14,10 @@ EMPTY_PROMPT = "empty prompt"
 WRONG_TYPE = "wrong type"
 TEMPLATE = "chat template refused"
 TOO_LONG = "prompt too long"
+MISSING_COMPLETIONS = "missing completions"
+LENGTHS_DIFFER = "lengths differ"
+NOT_FINITE = "not finite"
+LONG_COMPLETION = "completion too long"
 
 
 @dataclass(frozen=True, slots=True)

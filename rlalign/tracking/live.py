@@ -23,10 +23,13 @@ from rich.text import Text
 SPARKS = "▁▂▃▄▅▆▇█"
 STAGES = ("rollout", "reward", "logp", "backward", "step", "sync")
 STAGES_AHEAD = ("wait", "logp", "backward", "step", "sync")  # rollouts run beside them
+STAGES_OFFLINE = ("logp", "backward", "step")  # the data holds the completions
 
 
 def stages_of(figures: Mapping[str, float]) -> tuple[str, ...]:
     """What a step's time is made of."""
+    if "time/rollout_s" not in figures:
+        return STAGES_OFFLINE
     return STAGES_AHEAD if "time/wait_s" in figures else STAGES
 
 
@@ -61,10 +64,11 @@ def step_line(figures: Mapping[str, float], max_steps: int) -> str:
     held_out = "".join(
         f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("pass@1")
     )
+    rate = figures.get("perf/rollout_tokens_per_s", figures["perf/train_tokens_per_s"])
     return (
         f"step {int(figures['step'])}/{max_steps}  reward {figures['reward']:.3f}{entropy}  "
         f"length {figures['completions/mean_length']:.1f}  "
-        f"{figures['perf/rollout_tokens_per_s']:.0f} tok/s  {total:.2f} s ({split}){held_out}"
+        f"{rate:.0f} tok/s  {total:.2f} s ({split}){held_out}"
     )
 
 
@@ -121,7 +125,8 @@ class LiveView:
             f"{figures['completions/mean_length']:.1f}",
             f"tokens, {100 * figures['completions/clipped_ratio']:.0f}% cut off",
         )
-        table.add_row("rollout", f"{figures['perf/rollout_tokens_per_s']:.0f}", "tokens/s")
+        if "perf/rollout_tokens_per_s" in figures:
+            table.add_row("rollout", f"{figures['perf/rollout_tokens_per_s']:.0f}", "tokens/s")
         table.add_row("training", f"{figures['perf/train_tokens_per_s']:.0f}", "tokens/s")
         total = max(figures["time/total_s"], 1e-9)
         shares = ((s, figures[f"time/{s}_s"] / total) for s in stages_of(figures))

@@ -24,6 +24,7 @@ from rlalign.rollout.engine import WeightsLost
 from rlalign.trainer.allocated import Allocated
 from rlalign.trainer.collect import Collected
 from rlalign.trainer.job import Job
+from rlalign.trainer.offline import data_source
 from rlalign.trainer.sources import AsTheyEnd, GroupSource, InOrder, StreamingEngine
 
 log = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Drawn:
 
 
 def open_source(job: Job) -> GroupSource:
+    if job.config.task.completions != "rollout":
+        return data_source(job)
     if job.config.rollout.oversample > 1:
         return AsTheyEnd(job, cast(StreamingEngine, job.rollout))
     if job.config.algo.allocation.allocator != "uniform":

@@ -39,6 +39,21 @@ def oldest_version(groups: Sequence[Group], default: int) -> int:
     return min((span.version for sample in samples for span in sample.spans), default=default)
 
 
+def bare_batch(sequences: Sequence[tuple[int, ...]], lengths: Sequence[int]) -> TrainBatch:
+    """Rows whose log-probs are wanted and nothing else; the last `lengths[i]` tokens of row i are
+    its completion."""
+    length_B = torch.tensor(lengths, dtype=torch.long)
+    mask_BT = (torch.arange(max(lengths, default=0)) < length_B[:, None]).float()
+    return TrainBatch(
+        sequences=tuple(sequences),
+        completion_len_B=length_B,
+        group_id_B=torch.zeros_like(length_B),
+        mask_BT=mask_BT,
+        reward_B=torch.zeros(len(length_B)),
+        logp_rollout_BT=torch.zeros_like(mask_BT),
+    )
+
+
 def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) -> TrainBatch:
     """Lay the samples of `groups` out as rows, in order; group i becomes group id i.
 
@@ -58,6 +73,7 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
     reward_B = scores.reward_B.float().masked_fill(aborted_B, float("nan"))
     mask_BT = torch.arange(width)[None, :] < length_B[:, None]
     truncated_B = torch.tensor([reason == FINISH_LENGTH for reason in finish], dtype=torch.bool)
+    sources = [sample.source_id for _, _, sample in rows]
     return TrainBatch(
         sequences=tuple(group.prompt.token_ids + sample.token_ids for _, group, sample in rows),
         completion_len_B=length_B,
@@ -66,6 +82,7 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
         reward_B=reward_B,
         logp_rollout_BT=logp_BT,
         group_weight_B=_weights([group.weight for _, group, _ in rows]),
+        source_id_B=torch.tensor(sources) if any(sources) else None,
     )
 
 

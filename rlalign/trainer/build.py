@@ -19,7 +19,8 @@ from rlalign.models.lora import adapter_config
 from rlalign.rewards import Scorer, build_scorer
 from rlalign.rewards import check as check_rewards
 from rlalign.rollout.engine import RolloutEngine
-from rlalign.tasks import PromptSet, load_prompts
+from rlalign.rollout.no_engine import NoEngine
+from rlalign.tasks import PromptSet, ScoredSet, load_prompts, load_scored
 from rlalign.tracking.observers import Observer
 from rlalign.tracking.rundir import (
     RunDir,
@@ -37,6 +38,7 @@ from rlalign.trainer.evaluate import EvalResult, run_evaluation
 from rlalign.trainer.host_memory import keep_freed_memory
 from rlalign.trainer.job import Job
 from rlalign.trainer.policy import Policy
+from rlalign.trainer.reference_cache import reference_logps
 
 RewardFunctions = Mapping[str, Callable[..., Any]]
 Observers = Callable[[Config, RunDir], Sequence[Observer]]
@@ -94,14 +96,31 @@ def _assemble(
     with world.agreed("loading data and model"):
         tokenizer = load_tokenizer(config.model, config.seed)
         train = load_prompts(config.task, tokenizer, split="train", seed=config.seed)
+        scored = _load_scored(train, tokenizer, config)
+        train = scored.prompts if scored is not None else train
         held_out = load_prompts(config.task, tokenizer, split="eval") if config.task.eval else None
-        scorer = _open_scorer(config, [train, *([held_out] if held_out else [])], functions, stack)
-        policy = _load_policy(config, world, with_reference=algos.needs_reference(config.algo))
+        known = config.task.completions == "dataset"  # every sequence that will train, scores too
+        judged = [*([] if known else [train]), *([held_out] if held_out else [])]
+        scorer = _open_scorer(config, judged, functions, stack)
+        needed = algos.needs_reference(config.algo)
+        policy = _load_policy(config, world, with_reference=needed and not known)
     engine = build_train_engine(policy, config, world)
     stack.callback(engine.close)
+    reference = None
+    if needed and known and scored is not None:
+        reference = reference_logps(scored, policy, engine, config, world)
     rollout = build_rollout_engine(policy, tokenizer, config, world)
     stack.callback(rollout.close)
-    return Job(config, world, tokenizer, train, held_out, scorer, policy, engine, rollout, run_dir)
+    parts = config, world, tokenizer, train, held_out, scorer, policy, engine, rollout, run_dir
+    return Job(*parts, scored=scored, reference=reference)
+
+
+def _load_scored(prompts: PromptSet, tokenizer, config: Config) -> ScoredSet | None:
+    """The completions that the training data brings along, where they are trained on."""
+    if config.task.completions == "rollout":
+        return None
+    limit = config.rollout.max_completion_length
+    return load_scored(prompts, config.task, tokenizer, max_completion_length=limit)
 
 
 @contextmanager
@@ -131,17 +150,17 @@ def _open_scorer(
     functions: RewardFunctions,
     stack: ExitStack,
 ) -> Scorer:
-    rewards = config.rewards
+    rewards, limit = config.rewards, config.rollout.max_completion_length
     if idle := sorted(functions.keys() - {spec.name for spec in rewards.functions}):
         raise ConfigError(
             f"reward_functions holds {', '.join(map(repr, idle))}, which rewards.functions does not"
             f" name: add e.g. {{name: {idle[0]}}} there"
         )
+    if not prompt_sets:
+        return Scorer(rewards, config.algo, limit, runners=[])
     for prompts in prompt_sets:
         check_rewards(rewards, prompts.columns, functions=functions)
-    scorer = build_scorer(
-        rewards, config.algo, config.rollout.max_completion_length, functions=functions
-    )
+    scorer = build_scorer(rewards, config.algo, limit, functions=functions)
     stack.callback(scorer.close)
     return scorer
 
@@ -176,6 +195,8 @@ def build_rollout_engine(policy: Policy, tokenizer, config: Config, world: World
 
 
 def _start_engine(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
+    if config.rollout.engine == "none":
+        return NoEngine()
     if config.rollout.engine == "hf":
         from rlalign.rollout.hf import HFEngine
 

@@ -8,10 +8,12 @@ import torch
 
 from rlalign.config import Config, ConfigError
 from rlalign.rewards.scorer import accuracy_index
+from rlalign.tasks.scored import check_transform
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
+    _check_completions(config)
     _check_rewards(config)
     _check_trainer(config)
     if config.rollout.max_lag and config.rollout.engine != "server":
@@ -86,8 +88,58 @@ def _check_allocation(config: Config) -> None:
     )
 
 
+def _check_completions(config: Config) -> None:
+    """What goes with training on completions of the data, and without an engine."""
+    task, rollout, mismatch = config.task, config.rollout, config.algo.mismatch
+    if rollout.engine == "none" and task.completions != "dataset":
+        raise ConfigError(
+            f"rollout.engine=none samples nothing, and task.completions={task.completions} needs "
+            "samples: set task.completions=dataset, with data that holds scored completions, or "
+            "use rollout.engine=hf, vllm or server"
+        )
+    if rollout.engine == "none" and task.eval:
+        raise ConfigError(
+            f"rollout.engine=none samples nothing, and task.eval = {task.eval!r} needs samples: "
+            "set task.eval=null and evaluate a checkpoint afterwards (`rlalign eval CONFIG "
+            "rollout.engine=hf task.eval=... --checkpoint DIR`), or use rollout.engine=hf, which "
+            "evaluates in this process"
+        )
+    if task.completions == "rollout":
+        return
+    check_transform(task.scored)
+    if (
+        task.completions == "mixed"
+        and task.scored.rescore
+        and task.scored.score_transform != "none"
+    ):
+        raise ConfigError(
+            f"task.scored.score_transform={task.scored.score_transform} is for the data's scores, "
+            "which task.completions=mixed does not use: set task.scored.rescore=false, or "
+            "score_transform=none"
+        )
+    if rollout.oversample > 1 or (rollout.max_lag and task.completions == "dataset"):
+        raise ConfigError(
+            f"rollout.oversample = {rollout.oversample:g}, rollout.max_lag = {rollout.max_lag}: "
+            f"with task.completions={task.completions} groups do not come from the engine alone. "
+            "Set rollout.oversample=1"
+            + (" and rollout.max_lag=0" if task.completions == "dataset" else "")
+        )
+    if config.algo.allocation.allocator not in (None, "uniform"):
+        raise ConfigError(
+            f"algo.allocation.allocator = {config.algo.allocation.allocator} shares samples of the "
+            f"policy out: use allocator=uniform with task.completions={task.completions}"
+        )
+    for key in ("bypass_mode", "rollout_is_batch_normalize"):
+        if getattr(mismatch, key):
+            raise ConfigError(
+                f"algo.mismatch.{key} needs the log-probs that completions were drawn with, which "
+                f"the data does not have: set it to false with task.completions={task.completions}"
+            )
+
+
 def _check_rewards(config: Config) -> None:
-    if not config.rewards.functions:
+    scores_needed = config.task.completions != "dataset" or config.task.eval
+    if not config.rewards.functions and scores_needed:
         raise ConfigError(
             "rewards.functions is empty: name at least one, e.g. [{name: exact_match}]"
         )

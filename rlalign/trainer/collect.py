@@ -32,7 +32,7 @@ class Collected:
     errors: Counter[str] = field(default_factory=Counter)  # failed verdicts by kind, as below
     rollout_s: float = 0.0
     reward_s: float = 0.0
-    generated_tokens: int = 0  # of all groups rolled out, kept or not
+    generated_tokens: int = 0  # of all groups rolled out, kept or not; not those of the data
 
     def figures(self) -> dict[str, Any]:
         """All but the groups and their scores."""
@@ -143,7 +143,9 @@ def scored(groups: list[Group], scorer: Scorer, rollout_s: float) -> Collected:
         Counter(scores.errors),
         rollout_s=rollout_s,
         reward_s=time.perf_counter() - start,
-        generated_tokens=sum(len(s.token_ids) for group in groups for s in group.samples),
+        generated_tokens=sum(
+            len(s.token_ids) for group in groups for s in group.samples if not s.source_id
+        ),
     )
 
 

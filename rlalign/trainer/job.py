@@ -15,13 +15,14 @@ from rlalign.config import Config
 from rlalign.models.lora import adapter_weights
 from rlalign.rewards import Scorer
 from rlalign.rollout.engine import RolloutEngine
-from rlalign.tasks import PromptSet
+from rlalign.tasks import PromptSet, ScoredSet
 from rlalign.tracking.observers import Observer
 from rlalign.tracking.rundir import RunDir
 from rlalign.trainer import checkpoint
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
 from rlalign.trainer.policy import Policy
+from rlalign.trainer.reference_cache import ReferenceLogps
 
 
 @dataclass
@@ -56,12 +57,19 @@ class Job:
     engine: TrainEngine
     rollout: RolloutEngine
     run_dir: RunDir
+    scored: ScoredSet | None = None  # completions of the training data, where those are used
+    reference: ReferenceLogps | None = None  # of all of them, where that is all that is needed
     observers: Sequence[Observer] = ()
     progress: Progress = field(default_factory=Progress)
 
     @property
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
+
+    @property
+    def samples_policy(self) -> bool:
+        """Whether the policy is sampled to train on, and not only to be evaluated."""
+        return self.config.task.completions != "dataset"
 
     @property
     def check_sequence(self) -> tuple[int, ...]:

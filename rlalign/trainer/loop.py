@@ -36,7 +36,8 @@ def run(job: Job) -> dict[str, Any]:
     """Train from `job.progress` to `max_steps`; returns (and writes) the content of result.json."""
     config, progress = job.config, job.progress
     start = time.perf_counter() - progress.wall_s
-    publish_weights(job, progress.version)
+    if job.samples_policy:
+        publish_weights(job, progress.version)
     if job.eval_prompts and not progress.eval_before:
         progress.eval_before = evaluate(job).metrics
     again = functools.partial(publish_again, job)
@@ -82,7 +83,7 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
 
     marks = [time.perf_counter()]
     batch = make_train_batch(groups, scores, config.algo)
-    batch = prepare(job.engine, batch, scores.acc_B, config, job.world)
+    batch = prepare(job.engine, batch, scores.acc_B, config, job.world, job.reference)
     marks.append(time.perf_counter())
 
     lr = lr_schedule(step, config.trainer.optim, config.trainer.max_steps)
@@ -97,6 +98,7 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
     marks.append(time.perf_counter())
     if updated.optimizer_steps:
         progress.version += 1
+    if updated.optimizer_steps and job.samples_policy:
         figures["sampling/check_logp_diff"] = publish_weights(job, progress.version)
     marks.append(time.perf_counter())
     progress.train_tokens += updated.train_tokens
@@ -109,6 +111,8 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
         "sync": marks[4] - marks[3],
         "total": marks[4] - began,
     }
+    if not job.samples_policy:
+        times_s = {name: times_s[name] for name in ("logp", "backward", "step", "total")}
     if config.rollout.max_lag:
         times_s["wait"] = rollouts.waited_s - waited_s
     if config.rollout.oversample > 1:
@@ -142,13 +146,15 @@ def _publish_once(job: Job, version: int) -> float:
 
 
 def publish_again(job: Job) -> None:
-    """After the engine lost its weights."""
+    """Where the engine lost the weights, or was not sent them yet."""
     publish_weights(job, job.progress.version)
 
 
 def evaluate(job: Job) -> EvalResult:
     """Figures of the current policy on the held-out prompts."""
     prompts = list(job.eval_prompts or ())
+    if not job.samples_policy:  # else the engine holds them since the last update
+        publish_again(job)
     job.stage(f"evaluation on {len(prompts)} held-out prompts")
     with job.sampling():
         try:

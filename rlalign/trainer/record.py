@@ -51,10 +51,11 @@ def update_metrics(result: UpdateResult, lr: float, version: int, lag: int) -> d
 
 
 def time_metrics(times_s: dict[str, float], rollout_tokens: int, train_tokens: int) -> dict:
-    """`time/*_s` and the two rates; `times_s` holds the stages and `total`."""
+    """`time/*_s` and the two rates; `times_s` holds the stages that there were and `total`."""
     metrics = {f"time/{name}_s": value for name, value in times_s.items()}
     training_s = times_s["logp"] + times_s["backward"] + times_s["step"]
-    metrics["perf/rollout_tokens_per_s"] = rollout_tokens / max(times_s["rollout"], 1e-9)
+    if "rollout" in times_s:
+        metrics["perf/rollout_tokens_per_s"] = rollout_tokens / max(times_s["rollout"], 1e-9)
     metrics["perf/train_tokens_per_s"] = train_tokens / max(training_s, 1e-9)
     return metrics
 
@@ -87,6 +88,7 @@ def sample_rows(
             "completion": sample.text,
             "num_tokens": len(sample.token_ids),
             "finish_reason": sample.finish_reason,
+            "source_id": sample.source_id,
             "versions": sorted({span.version for span in sample.spans}),
             "reward": _json_number(scores.reward_B[i]),
             "acc": _json_number(scores.acc_B[i]),

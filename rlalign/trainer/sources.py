@@ -1,7 +1,7 @@
 """Where the scored groups of a step come from: rollouts of whole batches in the order of the data
-set, or groups in the order in which a rollout server finishes them.
+set, or groups in the order in which a rollout server finishes them (or the data: offline.py).
 
-Both remember which prompts of the training set are read (`cursor`) and which of those were begun
+Each remembers which prompts of the training set are read (`cursor`) and which of those were begun
 and belong to no batch yet (`carried`), which is what a checkpoint needs.
 """
 
@@ -16,7 +16,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams, WeightsLost
+from rlalign.rollout.engine import (
+    EngineError,
+    GenerateRequest,
+    RolloutEngine,
+    SamplingParams,
+    WeightsLost,
+)
 from rlalign.trainer.collect import Collected, make_requests, roll_out, scored
 from rlalign.trainer.job import Job
 from rlalign.types import Group, Prompt, Sample
@@ -75,8 +81,8 @@ class Uniform:
 class InOrder(Uniform):
     """A batch at a time: every group of it is waited for."""
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, engine: RolloutEngine | None = None) -> None:
+        self._job, self._engine = job, engine or job.rollout
         self.cursor = job.progress.cursor
         self._carried = list(job.progress.carried)  # of a run that oversampled and was resumed
         self.commit()
@@ -86,16 +92,21 @@ class InOrder(Uniform):
         return list(self._carried)
 
     def next(self, count: int, step: int, seen: Counter[str]) -> Collected:
-        job = self._job
-        first, self._carried = self._carried[:count], self._carried[count:]
-        prompts = [job.train_prompts.take(position, 1)[0] for position in first]
-        prompts += job.train_prompts.take(self.cursor, count - len(first))
-        self.cursor += count - len(first)
+        job, prompts = self._job, self._prompts(count)
         counts = [job.config.algo.num_generations] * count
         requests = make_requests(prompts, counts, job.config.seed, step, seen)
         with job.sampling():
             params = sampling_params(job)
-            return roll_out(job.rollout, job.scorer, prompts, requests, params, job.world)
+            return roll_out(self._engine, job.scorer, prompts, requests, params, job.world)
+
+    def _prompts(self, count: int) -> list[Prompt]:
+        """The next ones, those carried over first."""
+        prompt_set = self._job.train_prompts
+        first, self._carried = self._carried[:count], self._carried[count:]
+        prompts = [prompt_set.take(position, 1)[0] for position in first]
+        prompts += prompt_set.take(self.cursor, count - len(first))
+        self.cursor += count - len(first)
+        return prompts
 
     def commit(self) -> None:
         self._committed = self.cursor, self.carried

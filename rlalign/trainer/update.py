@@ -11,6 +11,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,11 +19,15 @@ from rlalign import algos
 from rlalign.algos.metrics import Metrics
 from rlalign.config import Config
 from rlalign.rollout.seeds import sample_seed
+from rlalign.trainer.batch import bare_batch
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
 from rlalign.trainer.packing import Row, micro_batches
 from rlalign.trainer.rows import prompt_keys
 from rlalign.types import TrainBatch
+
+if TYPE_CHECKING:
+    from rlalign.trainer.reference_cache import ReferenceLogps
 
 
 @dataclass
@@ -39,11 +44,19 @@ class UpdateResult:
 
 
 def prepare(
-    engine: TrainEngine, batch: TrainBatch, acc_B: torch.Tensor, config: Config, world: World
+    engine: TrainEngine,
+    batch: TrainBatch,
+    acc_B: torch.Tensor,
+    config: Config,
+    world: World,
+    reference: ReferenceLogps | None = None,
 ) -> TrainBatch:
-    """Attach old and reference log-probs where the algorithm needs them, then the advantages."""
+    """Attach old and reference log-probs where the algorithm needs them, then the advantages.
+
+    `reference` holds the reference log-probs of all that can come; None: a model computes them.
+    """
     algo = config.algo
-    batch = add_log_probs(engine, batch, config, world)
+    batch = add_log_probs(engine, batch, config, world, reference)
     if algos.needs_rollout_weights(algo):
         assert batch.logp_old_BT is not None
         weight_BT = algos.rollout_weights(
@@ -163,48 +176,45 @@ def my_micro_batches(batch: TrainBatch, config: Config, world: World) -> list[li
 
 
 def add_log_probs(
-    engine: TrainEngine, batch: TrainBatch, config: Config, world: World
+    engine: TrainEngine,
+    batch: TrainBatch,
+    config: Config,
+    world: World,
+    reference: ReferenceLogps | None = None,
 ) -> TrainBatch:
     """Attach logp_old and logp_ref where the algorithm needs them before the first step."""
     if config.algo.mismatch.bypass_mode:
         batch = batch.replace(logp_old_BT=batch.logp_rollout_BT)
-    wants_old = algos.needs_old_logp(config.algo) and batch.logp_old_BT is None
-    wants_reference = algos.needs_reference(config.algo)
-    if not (wants_old or wants_reference):
-        return batch
-    old_BT, reference_BT = torch.zeros(2, *batch.mask_BT.shape)
-    with torch.no_grad():
-        for rows in my_micro_batches(batch, config, world):
-            micro = batch.rows(rows).to(world.device)
-            width = micro.mask_BT.shape[1]
-            if wants_old:
-                output = engine.forward(micro, config.rollout.temperature, entropy=False)
-                old_BT[rows, :width] = output.logp_BT.cpu()
-            if wants_reference:
-                output = engine.forward(
-                    micro, config.rollout.temperature, entropy=False, reference=True
-                )
-                reference_BT[rows, :width] = output.logp_BT.cpu()
-    if wants_old:
-        batch = batch.replace(logp_old_BT=world.all_reduce_sum(old_BT, "logp_old"))
-    if wants_reference:
-        batch = batch.replace(logp_ref_BT=world.all_reduce_sum(reference_BT, "logp_ref"))
+    if algos.needs_old_logp(config.algo) and batch.logp_old_BT is None:
+        batch = batch.replace(logp_old_BT=batch_logp(engine, batch, config, world))
+    if algos.needs_reference(config.algo) and reference is not None:
+        batch = batch.replace(logp_ref_BT=reference.of(batch))
+    elif algos.needs_reference(config.algo):
+        logp_BT = batch_logp(engine, batch, config, world, reference=True)
+        batch = batch.replace(logp_ref_BT=logp_BT)
     return batch
+
+
+@torch.no_grad()
+def batch_logp(
+    engine: TrainEngine, batch: TrainBatch, config: Config, world: World, *, reference: bool = False
+) -> torch.Tensor:
+    """Log-probs of a whole batch by the policy, or by the reference model: float32 [B, T], 0 beyond
+    a completion. The forward passes are shared out, the result is on every process."""
+    logp_BT = torch.zeros(batch.mask_BT.shape)
+    for rows in my_micro_batches(batch, config, world):
+        micro = batch.rows(rows).to(world.device)
+        output = engine.forward(
+            micro, config.rollout.temperature, entropy=False, reference=reference
+        )
+        logp_BT[rows, : micro.mask_BT.shape[1]] = output.logp_BT.cpu()
+    return world.all_reduce_sum(logp_BT, "logp_ref" if reference else "logp_old")
 
 
 @torch.no_grad()
 def sequence_logp(engine: TrainEngine, sequence: Sequence[int]) -> torch.Tensor:
     """The trainer's log-probs of tokens 1 onwards of `sequence`, temperature 1: float32 [len-1]."""
-    count = len(sequence) - 1
-    row_BT = torch.ones(1, count)
-    batch = TrainBatch(
-        sequences=(tuple(sequence),),
-        completion_len_B=torch.tensor([count]),
-        group_id_B=torch.zeros(1, dtype=torch.long),
-        mask_BT=row_BT,
-        reward_B=torch.zeros(1),
-        logp_rollout_BT=torch.zeros_like(row_BT),
-    )
+    batch = bare_batch([tuple(sequence)], [len(sequence) - 1])
     output = engine.forward(batch.to(engine.world.device), 1.0, entropy=False)
     return output.logp_BT[0].cpu()
 

@@ -64,6 +64,7 @@ def _sample_header(sample: Sample) -> dict[str, Any]:
         "spans": [[span.num_tokens, span.version] for span in sample.spans],
         "text": sample.text,
         "parent": sample.parent,
+        "source_id": sample.source_id,
     }
 
 
@@ -80,6 +81,7 @@ def _samples(entries: list[dict[str, Any]], tokens: list, logps: list) -> Iterat
             spans=tuple(VersionSpan(count, version) for count, version in entry["spans"]),
             text=entry["text"],
             parent=entry["parent"],
+            source_id=entry["source_id"],
         )
         at = end
 

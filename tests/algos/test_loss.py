@@ -119,6 +119,36 @@ def test_the_gap_between_engine_and_trainer_is_reported_with_and_without_correct
         assert found[f"{name}/mean"] == pytest.approx(sum(ratios) / 2)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence", "seq_mask_tis"])
+def test_completions_of_the_data_are_neither_corrected_nor_measured(level):
+    """What drew them, and with which probability, is unknown: the zeros stand for nothing."""
+    sampled, row = batch_of([1.5, 0.9], [1.0, -1.0], logp_rollout_BT=torch.full((1, 2), -2.3))
+    logp_BT = sampled.detach().repeat(2, 1)
+    both = row.replace(
+        sequences=row.sequences * 2,
+        completion_len_B=torch.tensor([2, 2]),
+        group_id_B=torch.tensor([0, 0]),
+        reward_B=torch.zeros(2),
+        source_id_B=torch.tensor([0, 1]),
+        logp_rollout_BT=torch.tensor([[-2.3, -2.3], [0.0, 0.0]]),
+        **{
+            name: getattr(row, name).repeat(2, 1)
+            for name in ("mask_BT", "logp_old_BT", "advantage_BT", "weight_BT")
+        },
+    )
+    corrected = cfg(mismatch={"rollout_is": level})
+    mixed = algos.policy_loss(logp_BT, both, corrected)
+    alone = algos.policy_loss(sampled, row, corrected)
+    plain = algos.policy_loss(sampled, row, cfg())
+    assert mixed.loss.item() == pytest.approx(alone.loss.item() + plain.loss.item(), abs=1e-6)
+    assert alone.loss.item() != pytest.approx(plain.loss.item(), abs=1e-3)
+    names = [name for name in figures(alone) if name.startswith("sampling/")]
+    assert names and all(figures(mixed)[n] == pytest.approx(figures(alone)[n]) for n in names)
+    data = algos.policy_loss(sampled, row.replace(source_id_B=torch.tensor([1])), corrected)
+    assert data.loss.item() == pytest.approx(plain.loss.item(), abs=1e-6)
+    assert not [name for name in figures(data) if name.startswith("sampling/")]
+
+
 def test_batch_normalisation_needs_and_uses_the_weights_of_the_whole_batch():
     config = cfg(mismatch={"rollout_is": "token", "rollout_is_batch_normalize": True})
     logp_BT, batch = batch_of([1.0, 1.0], [1.0, 1.0])

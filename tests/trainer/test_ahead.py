@@ -45,6 +45,7 @@ def scripted(monkeypatch, max_lag: int, fail_at: int = -1, error: type = EngineE
             max_lag=max_lag, oversample=1.0, server=SimpleNamespace(in_flight="wait")
         ),
         trainer=SimpleNamespace(max_steps=5),
+        task=SimpleNamespace(completions="rollout"),
     )
     progress = SimpleNamespace(step=0, cursor=0, carried=[])
     parts = {"rollout": None, "progress": progress, "stage": lambda text: None}

@@ -2,12 +2,15 @@
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file, save_file
 
 import rlalign
 from rlalign.models.random import write_random_model
@@ -54,6 +57,82 @@ def test_two_processes_take_the_steps_of_one(stage, tmp_path):
     one, other = (json.loads((run / "result.json").read_text()) for run in (alone.path, two))
     for count in ("generated_tokens", "train_tokens"):
         assert other[count] == one[count]
+
+
+OFFLINE = ["algo.loss_type=rloo", "algo.beta=0.1", "rewards.functions=[]"]
+OFFLINE += ["task.completions=dataset", "rollout.engine=none"]
+
+
+@pytest.mark.parametrize(("stage", "lora"), [(0, 0), (3, 0), (3, 4)])
+def test_two_processes_share_out_the_reference_of_a_data_set(stage, lora, tmp_path, monkeypatch):
+    """Each its part of the rows, and both have all of them afterwards."""
+    rows = [
+        {"prompt": f"{i}+3=?", "completions": ["abc", f"{i}2", "ba"], "scores": [1, 0, i]}
+        for i in range(5)
+    ]
+    data = "".join(json.dumps(row) + "\n" for row in rows)
+    runs, cached = {}, {}
+    for name in ("one", "two"):
+        monkeypatch.setenv("RLALIGN_CACHE", str(tmp_path / f"cache-{name}"))
+        tiny_settings(tmp_path / name)
+        (tmp_path / name / "train.jsonl").write_text(data)
+        overrides = [*OVERRIDES, *OFFLINE, f"model.lora.rank={lora}"]
+        if name == "one":
+            runs[name] = rlalign.train(tiny_config(tmp_path / name, overrides), quiet=True).path
+        else:
+            runs[name] = launch(tmp_path / name, *overrides, f"trainer.zero_stage={stage}")
+        [cached[name]] = (tmp_path / f"cache-{name}" / "reference").iterdir()
+    assert cached["one"].name == cached["two"].name  # one digest, whatever the split of the weights
+    one, two = (load_file(file) for file in cached.values())
+    for key, tensor in one.items():
+        torch.testing.assert_close(two[key], tensor, rtol=0, atol=1e-5)
+    for first, second in zip(rows_of(runs["one"]), rows_of(runs["two"]), strict=True):
+        for figure in ("reward", "kl", "optim/grad_norm"):
+            assert second[figure] == pytest.approx(first[figure], rel=1e-4, abs=1e-7)
+
+
+def test_two_processes_take_the_reference_from_the_cache(tmp_path, monkeypatch):
+    """What they read is what they use: every log-prob there is made 0.1 too low."""
+    monkeypatch.setenv("RLALIGN_CACHE", str(tmp_path / "cache"))
+    data = json.dumps({"prompt": "1+3=?", "completions": ["abc", "12"], "scores": [1, 0]}) + "\n"
+    for name in ("one", "two"):
+        tiny_settings(tmp_path / name)
+        (tmp_path / name / "train.jsonl").write_text(data)
+    config = tiny_config(tmp_path / "one", [*OVERRIDES, *OFFLINE])
+    assert rows_of(rlalign.train(config, quiet=True).path)[0]["kl"] == pytest.approx(0, abs=1e-6)
+    [file] = (tmp_path / "cache" / "reference").iterdir()
+    tensors = load_file(file)
+    save_file(tensors | {"logp_N": tensors["logp_N"] - 0.1}, file)
+    first, *_ = rows_of(launch(tmp_path / "two", *OFFLINE, "trainer.zero_stage=0"))
+    assert first["kl"] == pytest.approx(math.exp(-0.1) - 1 + 0.1, rel=1e-3)  # k3
+
+
+def test_two_processes_mix_samples_and_completions_as_one_does(tmp_path):
+    mixed = ["algo.loss_type=rloo", "task.completions=mixed", "algo.beta=0.1"]
+    runs = []
+    for name in ("one", "two"):
+        tiny_settings(tmp_path / name)
+        (tmp_path / name / "train.jsonl").write_text(
+            "".join(
+                json.dumps({"prompt": f"{i}+3=?", "completions": ["abc", f"{i}2"], "weights": i})
+                + "\n"
+                for i in range(1, 5)
+            )
+        )
+        if name == "one":
+            config = tiny_config(tmp_path / name, [*OVERRIDES, *mixed])
+            runs.append(rlalign.train(config, quiet=True).path)
+        else:
+            runs.append(launch(tmp_path / name, *mixed, "trainer.zero_stage=1"))
+    samples = [
+        [json.loads(line) for file in sorted((run / "rollouts").iterdir()) for line in file.open()]
+        for run in runs
+    ]
+    for key in ("prompt_id", "completion", "source_id", "reward"):
+        assert [row[key] for row in samples[0]] == [row[key] for row in samples[1]]
+    assert {row["source_id"] for row in samples[0]} == {0, 1}
+    for first, second in zip(*map(rows_of, runs), strict=True):
+        assert second["optim/grad_norm"] == pytest.approx(first["optim/grad_norm"], rel=1e-4)
 
 
 @pytest.mark.xdist_group("server")

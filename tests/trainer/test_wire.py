@@ -25,6 +25,7 @@ def samples(draw):
         spans=(VersionSpan(len(tokens), draw(st.integers(0, 9))),),
         text=draw(st.text(max_size=8)),
         parent=draw(st.none() | st.text(max_size=3)),
+        source_id=draw(st.integers(0, 3)),
     )
 
 
