@@ -274,8 +274,8 @@ class CuresAllocator(Allocator):
 
 
 def pilot_weight(cfg: AlgoConfig) -> float:
-    """How much a pilot group counts beside its prompt's own group: `pilot_weight` N'/b where prompts
-    are weighed; where samples are, a group counts by their number."""
+    """How much a pilot group counts beside its prompt's own group: `pilot_weight` N'/b where
+    prompts are weighed; where samples are, a group counts by their number."""
     section = cfg.allocation
     by_prompt = cfg.prompt_weighting == "prompt"
     share = section.num_pilot_samples / section.budget_per_prompt if by_prompt else 1.0

@@ -87,7 +87,11 @@ ERRORS: tuple[Rule, ...] = (
         "bounds the ratio beyond the ordinary one; 3.0 is usual",
     ),
     Rule(
-        lambda c: c.loss_scale_factor is not None and c.loss_agg_mode != "seq-mean-token-sum-norm",
+        lambda c: (
+            c.loss_scale_factor is not None
+            and c.loss_agg_mode != "seq-mean-token-sum-norm"
+            and c.copg.length_normalization != "const"
+        ),
         "algo.loss_scale_factor={c.loss_scale_factor} has no effect with "
         "loss_agg_mode={c.loss_agg_mode}; leave it out, or use seq-mean-token-sum-norm",
     ),
@@ -141,7 +145,33 @@ ERRORS += (
     ),
 )
 
+ERRORS += (
+    Rule(
+        lambda c: c.loss_type == "copg" and not c.beta and c.copg.loss_type == "square",
+        "algo.beta={c.beta} with algo.copg.loss_type=square divides by 0: use beta > 0 (the paper "
+        "finds 0.03 to 0.1 good), or algo.copg.loss_type=surrogate",
+    ),
+    Rule(
+        lambda c: c.copg.length_normalization == "const" and not c.loss_scale_factor,
+        "algo.copg.length_normalization=const divides by algo.loss_scale_factor, which is not set: "
+        "give it, e.g. rollout.max_completion_length",
+    ),
+    Rule(
+        lambda c: (
+            c.loss_type == "copg"
+            and (c.prompt_weighting, c.loss_agg_mode) != ("prompt", "seq-mean-token-sum")
+        ),
+        "algo.loss_type=copg has one loss per prompt: prompt_weighting={c.prompt_weighting} and "
+        "loss_agg_mode={c.loss_agg_mode} do not apply; leave them out",
+    ),
+)
+
 WARNINGS: tuple[Rule, ...] = (
+    Rule(
+        lambda c: c.loss_type == "copg" and not c.beta,
+        "algo.beta=0 with loss_type=copg is REINFORCE with a leave-one-out baseline: off-policy "
+        "nothing holds it at an optimum; use beta > 0",
+    ),
     Rule(
         lambda c: (
             c.allocation.allocator != "uniform"

@@ -4,10 +4,10 @@
     each step: its prompts and their shares -> rollouts, under the policy of that step
 
 With `allocation.train_on_pilot` the pilot's samples train too, in the first step of the shard, when
-the policy is still the one that drew them. They are groups of their own, each weighing pilot_weight
-N'/b of a prompt's own group (b: the budget per prompt): a number that was fixed before anything was
-drawn, so a mean of both stays that of two unbiased estimates, though the shares depend on the pilot.
-Pooled with weights by n_i it would not: a pilot that was lucky would get fewer companions.
+the policy is still the one that drew them. They are groups of their own, each weighing
+pilot_weight N'/b of a prompt's own group (b: the budget per prompt): a number that was fixed before
+anything was drawn, so a mean of both stays that of two unbiased estimates, though the shares depend
+on the pilot. Pooled with weights by n_i it would not: a lucky pilot would get fewer companions.
 
 Everything that was generated counts, the pilot included.
 """

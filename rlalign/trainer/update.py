@@ -20,6 +20,7 @@ from rlalign.algos.metrics import Metrics
 from rlalign.config import Config
 from rlalign.rollout.seeds import sample_seed
 from rlalign.trainer.batch import bare_batch
+from rlalign.trainer.coupled import groups_as_rows, rows_of_groups, slopes
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
 from rlalign.trainer.packing import Row, micro_batches
@@ -83,7 +84,7 @@ def update(
     result = UpdateResult()
     metrics: list[Metrics] = []
     norms = []
-    for rows in minibatches(len(batch), config, step):
+    for rows in minibatches(batch, config, step):
         minibatch = with_weights(batch.rows(rows), config)
         learning = rows_with_gradient(minibatch, config)
         if not learning:
@@ -106,17 +107,22 @@ def update(
     return result
 
 
-def minibatches(num_rows: int, config: Config, step: int) -> Iterator[list[int]]:
-    """Row indices of each optimizer step; several are shuffled, keyed by seed, step, iteration."""
-    parts = min(config.algo.num_minibatches, max(num_rows, 1))
+def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[list[int]]:
+    """Row indices of each optimizer step; several are shuffled, keyed by seed, step, iteration.
+    Rows that depend on each other stay together."""
+    units = [[row] for row in range(len(batch))]
+    if algos.couples_rows(config.algo):
+        units = rows_of_groups(batch)
+    parts = min(config.algo.num_minibatches, max(len(units), 1))
     for iteration in range(config.algo.num_iterations):
         if parts == 1:
-            yield list(range(num_rows))
+            yield list(range(len(batch)))
             continue
         seed = sample_seed(config.seed, "minibatches", iteration, step)
         generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(num_rows, generator=generator)
-        yield from (sorted(part.tolist()) for part in order.tensor_split(parts))
+        order = torch.randperm(len(units), generator=generator)
+        for part in order.tensor_split(parts):
+            yield sorted(row for unit in part.tolist() for row in units[unit])
 
 
 def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
@@ -153,26 +159,43 @@ def accumulate_gradient(
     """Forward and backward over this process's micro-batches; adds each one's figures to
     `metrics`."""
     local = algos.depends_on_split(config.algo)
-    parts = my_micro_batches(minibatch, config, world)
+    slope_BT = None
+    if algos.couples_rows(config.algo) and config.algo.copg.microbatch_mode == "two_pass":
+        logp_BT = batch_logp(engine, minibatch, config, world)
+        slope_BT, figures = slopes(logp_BT, minibatch, config)
+        metrics.append(figures)
+    parts = my_micro_batches(minibatch, config, world, whole_groups=slope_BT is None)
     for rows in parts:
         micro = minibatch.rows(rows).to(world.device)
         if local:
             micro = with_weights(micro, config, share=1 / (len(parts) * world.size))
-        output = engine.forward(micro, config.rollout.temperature, entropy=True)
+        output = engine.forward(micro, config.rollout.temperature, entropy=slope_BT is None)
+        if slope_BT is not None:
+            width = micro.mask_BT.shape[1]
+            engine.backward((slope_BT[rows][:, :width].to(world.device) * output.logp_BT).sum())
+            continue
         loss = algos.policy_loss(output.logp_BT, micro, config.algo, entropy_BT=output.entropy_BT)
         engine.backward(loss.loss)
         metrics.append(loss.metrics)
 
 
-def my_micro_batches(batch: TrainBatch, config: Config, world: World) -> list[list[int]]:
-    """This process's micro-batches; every process gets the same number of them."""
+def my_micro_batches(
+    batch: TrainBatch, config: Config, world: World, *, whole_groups: bool = False
+) -> list[list[int]]:
+    """This process's micro-batches; every process gets the same number of them. With `whole_groups`
+    rows that depend on each other are in one of them."""
     keys = prompt_keys(batch) if config.trainer.packing else range(len(batch))
     lengths = batch.completion_len_B.tolist()
     rows = [
         Row(tokens=len(sequence), key=key, prompt_tokens=len(sequence) - length)
         for sequence, key, length in zip(batch.sequences, keys, lengths, strict=True)
     ]
-    return micro_batches(rows, config.trainer.micro_batch_tokens, world.size)[world.rank]
+    limit = config.trainer.micro_batch_tokens
+    if not (whole_groups and algos.couples_rows(config.algo)):
+        return micro_batches(rows, limit, world.size)[world.rank]
+    groups = rows_of_groups(batch)
+    mine = micro_batches(groups_as_rows(rows, groups, limit), limit, world.size)[world.rank]
+    return [[row for group in part for row in groups[group]] for part in mine]
 
 
 def add_log_probs(
