@@ -35,8 +35,13 @@ def shared_loss(name: str) -> bool:
     return algos.get(name).loss is Algorithm.loss
 
 
+def row_by_row(name: str) -> bool:
+    """Whether rows may be taken apart; else verify/contrastive.py takes whole groups."""
+    return not algos.get(name).couples_rows
+
+
 def has_baseline(name: str) -> bool:
-    return shared_credit(name) and config(name).adv_estimator != "raft"
+    return shared_credit(name) and config(name).adv_estimator != "raft" and row_by_row(name)
 
 
 def averages_over_accepted(name: str) -> bool:
@@ -136,7 +141,7 @@ def permutation(name: str) -> float:
 
 
 def splits_freely(name: str) -> bool:
-    return not algos.depends_on_split(config(name))
+    return not algos.depends_on_split(config(name)) and row_by_row(name)
 
 
 PARTITIONS = (
@@ -168,7 +173,7 @@ def split(name: str) -> float:
     "a per-micro-batch mean does depend on the split",
     source="TRL's bnpo; error 1 if it does not",
     bound=0.0,
-    applies=lambda name: not splits_freely(name),
+    applies=lambda name: algos.depends_on_split(config(name)),
 )
 def local_split(name: str) -> float:
     cfg, case = config(name), make_case()
@@ -274,7 +279,10 @@ def perfect_engine(name: str) -> float:
 
 
 @per_algorithm(
-    "metrics of the parts add up to those of the whole", source="sums and weights", bound=1e-9
+    "metrics of the parts add up to those of the whole",
+    source="sums and weights",
+    bound=1e-9,
+    applies=row_by_row,
 )
 def metrics(name: str) -> float:
     cfg, case = config(name), make_case()
