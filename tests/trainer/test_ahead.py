@@ -37,7 +37,7 @@ def scripted(monkeypatch, max_lag: int, fail_at: int = -1, error: type = EngineE
         source.cursor += 2
         if step == fail_at:
             raise error("the engine is gone")
-        return Drawn(Collected(), {"step": float(step)}, source.cursor, [], 7)
+        return Drawn(Collected(), {"step": float(step)}, {}, source.cursor, [], 7)
 
     monkeypatch.setattr(ahead, "draw", draw)
     config = SimpleNamespace(
@@ -46,6 +46,7 @@ def scripted(monkeypatch, max_lag: int, fail_at: int = -1, error: type = EngineE
         ),
         trainer=SimpleNamespace(max_steps=5),
         task=SimpleNamespace(completions="rollout"),
+        algo=SimpleNamespace(allocation=SimpleNamespace(allocator="uniform")),
     )
     progress = SimpleNamespace(step=0, cursor=0, carried=[])
     parts = {"rollout": None, "progress": progress, "stage": lambda text: None}

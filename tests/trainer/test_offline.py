@@ -81,10 +81,11 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def loop_gradient(model: Any, groups: Sequence[dict[str, Any]]) -> float:
-    """Norm of d/dtheta of -1/B sum_i A_i ln pi(y_i | x), A_i = R_i - mean of the others', float64
-    and one sequence at a time: Ahmadian et al. 2024, arXiv 2402.14740, section 2.3."""
+    """Norm of d/dtheta of -sum_i w_i A_i ln pi(y_i | x) / sum_i w_i, A_i = R_i - mean of the
+    others', float64 and one sequence at a time: Ahmadian et al. 2024, arXiv 2402.14740, section
+    2.3, with the weight w of its prompt for each completion."""
     model = model.double()
-    count = sum(len(group["completions"]) for group in groups)
+    count = sum(group["weights"] * len(group["completions"]) for group in groups)
     total = torch.zeros((), dtype=torch.float64)
     for group in groups:
         prompt, scores = TOKENIZER(group["prompt"])["input_ids"], group["scores"]
@@ -94,7 +95,7 @@ def loop_gradient(model: Any, groups: Sequence[dict[str, Any]]) -> float:
             ids = [*prompt, *TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
             logp_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             for t in range(len(prompt), len(ids)):
-                total = total - group.get("weights", 1) * advantage * logp_TV[t - 1, ids[t]] / count
+                total = total - group["weights"] * advantage * logp_TV[t - 1, ids[t]] / count
     total.backward()
     squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
     return float(torch.stack(squares).sum().sqrt())
