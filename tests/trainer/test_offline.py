@@ -342,14 +342,25 @@ def test_mixed_groups_hold_samples_then_completions_scored_by_one_function(tmp_p
 
 
 def test_the_data_may_keep_its_scores(tmp_path):
-    transform = "score_transform: clip, score_min: -0.25, score_max: 0.5"
+    transform = "score_transform: clip, score_min: 0.1, score_max: 0.8"
     run = train_mixed(tmp_path, "task.scored={rescore: false, " + transform + "}")
     for row in samples(run, 1):
         score = letters([row["completion"]])[0]
         if row["source_id"]:
             given = rows()[int(row["prompt_id"].partition("/")[2])]
             score = given["scores"][row["index"]]
-        assert row["reward"] == min(max(score, -0.25), 0.5)
+        assert row["reward"] == pytest.approx(min(max(score, 0.1), 0.8))
+
+
+def test_a_mixed_group_keeps_the_weight_of_its_prompt(tmp_path):
+    """Where the others weigh nothing, the step is that of the one prompt alone."""
+    data = [{**row, "weights": float(i == 0)} for i, row in enumerate(rows())]
+    runs = [
+        train_mixed(tmp_path, "task.shuffle=false", f"trainer.prompts_per_step={n}", data=data)
+        for n in (3, 1)
+    ]
+    norms = [metrics(run)[0]["optim/grad_norm"] for run in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
 
 
 def test_mixed_groups_keep_their_weight_and_can_be_told_apart_in_a_batch():
