@@ -13,7 +13,7 @@ With scores of +-1/4 the contrast of a preferred and a rejected completion is 1/
 A completion is a string, or messages that end with one turn of the assistant; turns before it must
 be those of the prompt. Further columns, one entry a completion: `completion_ids` (then nothing is
 tokenised), `truncated`, `source` (who wrote it), `ref_logps` (sums over a completion's tokens). One
-entry a prompt: `prompt_ids`, `weights` (factor of its part of the loss).
+entry a prompt: `prompt_ids`, `weights` (how much it counts beside the others).
 """
 
 from __future__ import annotations

@@ -126,8 +126,7 @@ def sequence_key(sequence: Sequence[int], length: int) -> bytes:
 
 
 def weights_digest(policy: Policy, engine: TrainEngine) -> str:
-    """Of the weights that a rollout engine would be sent; adapters that were just drawn change
-    nothing, so with LoRA it is that of the base model."""
+    """Of the weights that a rollout engine would be sent; with new adapters, the base model's."""
     digest = WeightDigest()
     with engine.full_parameters():
         for name, tensor in policy.named_rollout_weights():
@@ -170,9 +169,7 @@ def _compute(
     console = Console(stderr=True)
     for chunk in track(chunks, title, console=console, disable=not world.is_main):
         batch = bare_batch([e.sequence for e in chunk], [e.length for e in chunk])
-        # Before its first step the policy is the reference; with adapters they are switched off.
-        adapters = config.model.lora.rank > 0
-        logp_BT = batch_logp(engine, batch, config, world, reference=adapters)
+        logp_BT = batch_logp(engine, batch, config, world)
         for entry, logp_T in zip(chunk, logp_BT, strict=True):
             start_of[entry.key], total = total, total + entry.length
             parts.append(_finite(entry, logp_T[: entry.length]))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 
 from rlalign.config import ScoredConfig, TaskConfig
 from rlalign.models.tokenizer import build_tokenizer
@@ -121,6 +122,18 @@ def test_an_end_of_sequence_that_is_spelled_out_comes_once(tmp_path):
     row = {**ONE, "completions": ["2<eos>", "3"]}
     (_, samples, _), *_ = contents(of(tmp_path, row))
     assert [ids[-2:].count(EOS) for ids, *_ in samples] == [1, 1]
+
+
+def test_a_beginning_of_sequence_is_the_prompts_alone(tmp_path):
+    tokenizer = build_tokenizer()
+    begin = tokenizer.pad_token_id
+    tokenizer.chat_template = None
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A", special_tokens=[("<pad>", begin)]
+    )
+    (prompt, samples, _), *_ = contents(of(tmp_path, ONE, tokenizer=tokenizer))
+    assert prompt == (begin, *TOKENIZER("1+1=?")["input_ids"])
+    assert samples[0][0] == (*TOKENIZER("2")["input_ids"], EOS)
 
 
 # Chat

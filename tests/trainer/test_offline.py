@@ -81,10 +81,11 @@ def own_cache(tmp_path_factory, monkeypatch):
 
 
 def loop_gradient(model: Any, groups: Sequence[dict[str, Any]]) -> float:
-    """Norm of d/dtheta of -1/B sum_i A_i ln pi(y_i | x), A_i = R_i - mean of the others', float64
-    and one sequence at a time: Ahmadian et al. 2024, arXiv 2402.14740, section 2.3."""
+    """Norm of d/dtheta of -sum_i w_i A_i ln pi(y_i | x) / sum_i w_i, A_i = R_i - mean of the
+    others', float64 and one sequence at a time: Ahmadian et al. 2024, arXiv 2402.14740, section
+    2.3, with the weight w of its prompt for each completion."""
     model = model.double()
-    count = sum(len(group["completions"]) for group in groups)
+    count = sum(group["weights"] * len(group["completions"]) for group in groups)
     total = torch.zeros((), dtype=torch.float64)
     for group in groups:
         prompt, scores = TOKENIZER(group["prompt"])["input_ids"], group["scores"]
@@ -94,7 +95,7 @@ def loop_gradient(model: Any, groups: Sequence[dict[str, Any]]) -> float:
             ids = [*prompt, *TOKENIZER(text)["input_ids"], TOKENIZER.eos_token_id]
             logp_TV = model(torch.tensor([ids])).logits[0].log_softmax(-1)
             for t in range(len(prompt), len(ids)):
-                total = total - group.get("weights", 1) * advantage * logp_TV[t - 1, ids[t]] / count
+                total = total - group["weights"] * advantage * logp_TV[t - 1, ids[t]] / count
     total.backward()
     squares = [p.grad.square().sum() for p in model.parameters() if p.grad is not None]
     return float(torch.stack(squares).sum().sqrt())
@@ -341,14 +342,25 @@ def test_mixed_groups_hold_samples_then_completions_scored_by_one_function(tmp_p
 
 
 def test_the_data_may_keep_its_scores(tmp_path):
-    transform = "score_transform: clip, score_min: -0.25, score_max: 0.5"
+    transform = "score_transform: clip, score_min: 0.1, score_max: 0.8"
     run = train_mixed(tmp_path, "task.scored={rescore: false, " + transform + "}")
     for row in samples(run, 1):
         score = letters([row["completion"]])[0]
         if row["source_id"]:
             given = rows()[int(row["prompt_id"].partition("/")[2])]
             score = given["scores"][row["index"]]
-        assert row["reward"] == min(max(score, -0.25), 0.5)
+        assert row["reward"] == pytest.approx(min(max(score, 0.1), 0.8))
+
+
+def test_a_mixed_group_keeps_the_weight_of_its_prompt(tmp_path):
+    """Where the others weigh nothing, the step is that of the one prompt alone."""
+    data = [{**row, "weights": float(i == 0)} for i, row in enumerate(rows())]
+    runs = [
+        train_mixed(tmp_path, "task.shuffle=false", f"trainer.prompts_per_step={n}", data=data)
+        for n in (3, 1)
+    ]
+    norms = [metrics(run)[0]["optim/grad_norm"] for run in runs]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0
 
 
 def test_mixed_groups_keep_their_weight_and_can_be_told_apart_in_a_batch():
