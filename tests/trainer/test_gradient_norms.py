@@ -218,6 +218,13 @@ def test_what_cannot_be_had_is_an_error(folders):
 # --- engines and processes -----------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory):
+    """A head of over 10^5 numbers: ZeRO-3 keeps smaller ones whole."""
+    path = tmp_path_factory.mktemp("models") / "wide"
+    return write_random_model(path, "qwen2", tied=False, hidden=400, layers=1, init_std=0.1)
+
+
 def config(micro_batch_tokens: int = 10_000):
     return SimpleNamespace(
         rollout=SimpleNamespace(temperature=TEMPERATURE),
@@ -226,14 +233,15 @@ def config(micro_batch_tokens: int = 10_000):
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_norms_come_out_of_deepspeed(folders, stage):
+def test_norms_come_out_of_deepspeed(wide, stage):
     """The same as from torch, before and after a step, which they do not disturb."""
     optim = OptimConfig(learning_rate=1e-2)
-    plain = TorchEngine(build(folders[False]), optim)
+    plain = TorchEngine(build(wide), optim)
     trainer = TrainerConfig(zero_stage=stage, optim=optim)
     drawn = rows()
     sets = torch.tensor([0, 0, 0, 0, 0, 0, 1, -1])
-    with closing(DeepSpeedEngine(build(folders[False]), trainer)) as engine:
+    with closing(DeepSpeedEngine(build(wide), trainer)) as engine:
+        assert (engine.module.head.weight.numel() == 0) == (stage == 3)
         for _ in range(2):
             for kinds, given in (("lm_head", sets), ("embed_tokens", None)):
                 if kinds == "embed_tokens" and stage == 3:
@@ -254,9 +262,9 @@ def test_norms_come_out_of_deepspeed(folders, stage):
             assert steps[1].grad_norm == pytest.approx(steps[0].grad_norm, rel=1e-5)
 
 
-def test_embeddings_under_zero_3_are_an_error(folders):
+def test_embeddings_under_zero_3_are_an_error(wide):
     trainer = TrainerConfig(zero_stage=3)
-    engine = DeepSpeedEngine(build(folders[True]), trainer)
+    engine = DeepSpeedEngine(build(wide), trainer)
     with closing(engine), pytest.raises(GradientNormError, match=r"ZeRO-3.*zero_stage <= 2"):
         engine.forward(rows(), TEMPERATURE, grad_params="embed_tokens")
 
@@ -286,10 +294,10 @@ def test_micro_batches_and_processes_do_not_change_the_norms(folders, limit, gra
         torch.testing.assert_close(found, whole.mean_squared_K, atol=0, rtol=1e-5)
 
 
-def test_two_processes_under_zero_3(folders, tmp_path):
+def test_two_processes_under_zero_3(wide, tmp_path):
     """Which together have the numbers of one, also where one of them has no row."""
-    run_ranks(Path(__file__).with_name("norms_worker.py"), str(folders[False]), str(tmp_path))
-    policy = build(folders[False])
+    run_ranks(Path(__file__).with_name("norms_worker.py"), str(wide), str(tmp_path))
+    policy = build(wide)
     for name, drawn, sets in (("many", rows(), SETS), ("one", rows().rows([0, 3]), None)):
         whole = policy(drawn, TEMPERATURE, grad_params="lm_head", set_id_B=sets)
         for rank in (0, 1):
