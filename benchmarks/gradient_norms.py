@@ -114,9 +114,8 @@ def draw(case: Case) -> TrainBatch:
         return tuple(rng.randrange(case.shape["vocab"]) for _ in range(rng.randint(*bounds)))
 
     prompts = [tokens(case.prompt_tokens) for _ in range(case.prompts)]
-    rows = [
-        (i, tokens(case.completion_tokens)) for i in range(case.prompts) for _ in range(SAMPLES)
-    ]
+    group = [i for i in range(case.prompts) for _ in range(SAMPLES)]
+    rows = [(i, tokens(case.completion_tokens)) for i in group]
     length_B = torch.tensor([len(completion) for _, completion in rows])
     mask_BT = (torch.arange(int(length_B.max())) < length_B[:, None]).float()
     return TrainBatch(

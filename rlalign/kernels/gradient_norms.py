@@ -279,6 +279,7 @@ def _inner_products(
     """<g, G> [S] float64 with G the input side: sum_{t,u} dZ_t(row u) (m_t h_t . G_u)."""
     index_SK, inside_SK = (x.to(side.row.device) for x in in_segments.padded(block.segment_S))
     row_SK = side.row[index_SK]
+    inside_SK = inside_SK & (row_SK < head.cols)  # padding of the vocabulary has no output side
     side_SKD = torch.where(inside_SK[..., None], side.grad[index_SK].double(), 0)
     z_STK = _logits_at(block, row_SK, head, transform)
     grad_STK = _gradient_at(z_STK, row_SK, block, found.lse_ST, found.q_ST, transform)

@@ -57,7 +57,7 @@ class Segments:
         """Tokens of segments `segment_S` [S, T], and which places are no padding. Padding repeats a
         segment's last token, so that what is not finite stays in its segment."""
         length_S1 = self.length_J[segment_S, None]
-        place_T = torch.arange(int(length_S1.max()) if len(segment_S) else 0)
+        place_T = torch.arange(int(length_S1.max()), device="cpu")
         inside_ST = place_T < length_S1
         last_S1 = (length_S1 - 1).clamp(min=0)
         place_ST = self.start_J[segment_S, None] + torch.minimum(place_T, last_S1)
