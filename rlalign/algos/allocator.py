@@ -140,9 +140,11 @@ class Allocator:
         """Everything needed to go on, as JSON."""
         stats = self.stats
         tensors = {} if stats is None else dataclasses.asdict(stats)
-        return {"stats": {name: x.tolist() for name, x in tensors.items()}}
+        stats_as_lists = {name: x.tolist() for name, x in tensors.items()}
+        return {"stats": stats_as_lists, "fallbacks": self.fallbacks}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.fallbacks = state["fallbacks"]
         if state["stats"]:
             tensors = {name: _tensor(x) for name, x in state["stats"].items()}
             self.stats = PilotStats(**tensors)
