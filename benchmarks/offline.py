@@ -1,5 +1,5 @@
-"""Training on completions that are already there, with no engine running: CoPG on scored groups, IPO
-as its special case on pairs, and TRL's DPOTrainer (DPO, IPO) on the same pairs.
+"""Training on completions that are already there, with no engine running: CoPG on scored groups,
+IPO as its special case on pairs, and TRL's DPOTrainer (DPO, IPO) on the same pairs.
 
 The warm-start model of `mini:chain` answers 1024 questions eight times each; the exact match is the
 score. From these completions alone each side trains for 128 optimizer steps at one learning rate
