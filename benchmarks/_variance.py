@@ -27,11 +27,10 @@ from rlalign.trainer.job import Job
 from rlalign.trainer.sources import InOrder
 from rlalign.trainer.update import accumulate_gradient, prepare, rows_with_gradient, with_weights
 
-PROMPTS, REFERENCE, PRIOR = 64, 64, 1.0
+PROMPTS, REFERENCE = 64, 64
 SHARED = [
     "algo.loss_type=gvm_raft",
     "algo.loss_agg_mode=seq-mean-token-sum",  # g is the gradient of log pi(y), a sum
-    f"algo.allocation.rate_prior={PRIOR}",
     "algo.allocation.update_interval=1",
     f"trainer.prompts_per_step={PROMPTS}",
     "task.eval=null",
@@ -39,8 +38,9 @@ SHARED = [
 
 
 def lemma(config_path, settings: list[str], repeats: int) -> dict[str, float]:
-    """Variance over uniform's at equal samples: shares from the reference pilot, and from a pilot
-    of 8 that is drawn anew for every estimate (and not counted)."""
+    """Variance over uniform's at equal samples: shares from known rates and norms; from a pilot of 8
+    that is drawn anew for every estimate and not counted, as published, where prompts of which it
+    had nothing right get nothing (`bias`: the squared error this adds); and with `rate_prior` 1."""
     extra = ["algo.prompt_weighting=inverse_propensity", "algo.allocation.train_on_pilot=false"]
     with tempfile.TemporaryDirectory() as runs:
         place = ["name=variance", f"tracking.runs_dir={runs}"]
@@ -57,12 +57,11 @@ def _lemma(job: Job, repeats: int) -> dict[str, float]:
         drawn = source._roll_out(source._prompts, [count] * PROMPTS, step, Counter())
         return source._estimate(drawn)
 
+    def shares(stats: algos.PilotStats) -> torch.Tensor:
+        return algos.allocate(gvm_weights(stats.rate_m, stats.right_norm_m), 8 * PROMPTS)
+
     reference = pilot(REFERENCE, 10_000)
     rate_m = reference.rate_m.clamp(min=1 / REFERENCE)
-
-    def shares(stats: algos.PilotStats) -> torch.Tensor:
-        stats = stats.shrunk(PRIOR)
-        return algos.allocate(gvm_weights(stats.rate_m, stats.right_norm_m), 8 * PROMPTS)
 
     def estimate(count_m: torch.Tensor, step: int) -> torch.Tensor:
         drawn = source._roll_out(source._prompts, count_m.tolist(), step, Counter())
@@ -77,12 +76,16 @@ def _lemma(job: Job, repeats: int) -> dict[str, float]:
         "uniform": lambda _: torch.full((PROMPTS,), 8),
         "known": lambda _: shares(reference),
         "pilot": lambda r: shares(pilot(8, 20_000 + r)),
+        "pilot, prior 1": lambda r: shares(pilot(8, 20_000 + r).shrunk(1)),
     }
-    variance = {
-        name: spread([estimate(counts(r), r) for r in range(repeats)])[0]
-        for name, counts in sides.items()
-    }
-    return {name: value / variance["uniform"] for name, value in variance.items()}
+    means, noise = {}, {}
+    for name, counts in sides.items():
+        found = torch.stack([estimate(counts(r), r) for r in range(repeats)])
+        means[name], noise[name] = found.mean(0), spread(found)[0]
+    gap = float(((means["pilot"] - means["known"]) ** 2).sum())
+    bias = max(0.0, gap - (noise["pilot"] + noise["known"]) / repeats)
+    result = {name: value / noise["uniform"] for name, value in noise.items() if name != "uniform"}
+    return {**result, "pilot, bias": bias / noise["uniform"]}
 
 
 def trained(config_path, settings: list[str], repeats: int) -> float:
@@ -99,7 +102,7 @@ def trained(config_path, settings: list[str], repeats: int) -> float:
                 drawn = draw(job, r, InOrder(job) if uniform else Allocated(job))
                 found.append(gradient(job, drawn.collected))
                 tokens += drawn.generated_tokens
-    noise, signal = spread(found)
+    noise, signal = spread(torch.stack(found))
     return noise / signal * tokens / repeats
 
 
@@ -117,9 +120,8 @@ def gradient(job: Job, drawn: Collected) -> torch.Tensor:
     return torch.cat(grads).double()
 
 
-def spread(estimates: list[torch.Tensor]) -> tuple[float, float]:
+def spread(found: torch.Tensor) -> tuple[float, float]:
     """Trace of the covariance, and the squared norm of the mean without its bias."""
-    found = torch.stack(estimates)
     mean = found.mean(0)
     variance = float(((found - mean) ** 2).sum()) / (len(found) - 1)
     return variance, float((mean**2).sum()) - variance / len(found)
