@@ -38,8 +38,8 @@ SHARED = [
 
 
 def lemma(config_path, settings: list[str], repeats: int) -> dict[str, float]:
-    """Variance over uniform's at equal samples: shares from known rates and norms; from a pilot of 8
-    that is drawn anew for every estimate and not counted, as published, where prompts of which it
+    """Variance over uniform's at equal samples: shares from known rates and norms; from a pilot of
+    8 that is drawn anew for every estimate and not counted, as published, where prompts of which it
     had nothing right get nothing (`bias`: the squared error this adds); and with `rate_prior` 1."""
     extra = ["algo.prompt_weighting=inverse_propensity", "algo.allocation.train_on_pilot=false"]
     with tempfile.TemporaryDirectory() as runs:
