@@ -30,11 +30,13 @@ from rlalign.trainer.sources import sampling_params
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROMPTS, SAMPLES, STEPS, EPOCHS = 1024, 8, 128, 4
-SIDES = {  # beta and rate
-    "CoPG, groups": (0.1, 3e-4),
-    "IPO as CoPG, pairs": (0.1, 3e-4),
-    "TRL DPO, pairs": (0.1, 1e-4),
-    "TRL IPO, pairs": (0.3, 1e-4),
+# Beta and rate. On seed 0, where the start is 0.48, pass@1 by beta at the best rate, and at the others
+# with the best beta:
+SIDES = {
+    "CoPG, groups": (0.1, 1e-4),  # 0.06: .798, 0.1: .806;       3e-4: .764, 3e-5: .676
+    "IPO as CoPG, pairs": (0.1, 1e-4),  # 0.1: .690, 0.3: .588;  3e-4: .648, 3e-5: .644
+    "TRL DPO, pairs": (0.3, 3e-5),  # 0.1: .570, 0.3: .622, 1: .610;     1e-4: .506, 1e-5: .554
+    "TRL IPO, pairs": (3.0, 3e-5),  # 0.3: .462, 1: .532, 3: .614;       1 at 1e-4: .468, 1e-5: .544
 }
 POINTS = 0.10  # the bar
 TIMEOUT_S = 1200.0
