@@ -30,7 +30,7 @@ from rlalign.trainer.sources import sampling_params
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 PROMPTS, SAMPLES, STEPS, EPOCHS = 1024, 8, 128, 4
-# Beta and rate. On seed 0, which starts at 0.48: pass@1 by beta at the best rate; at the other rates
+# Beta and rate. On seed 0, which starts at .48: pass@1 by beta at the best rate; at other rates
 # with the best beta.
 SIDES = {
     "CoPG, groups": (0.1, 1e-4),  # 0.06: .798, 0.1: .806;       3e-4: .764, 3e-5: .676
