@@ -2,7 +2,8 @@
 generated tokens (pilots counted) and equal optimizer steps.
 
 Variance of the gradient by resampling on a task of mixed difficulty (_mixed.py, _variance.py), then
-whole trainings on `mini:chain`: held-out accuracy for tokens and for seconds. `python benchmarks/allocation.py RESULT.json PLOT.png` draws a result."""
+whole trainings on `mini:chain`: held-out accuracy for tokens and for seconds.
+`python benchmarks/allocation.py RESULT.json PLOT.png` draws a result."""
 
 from __future__ import annotations
 
