@@ -139,7 +139,7 @@ ALLOCATED = ["algo.loss_type=gvm_raft", "algo.allocation.acceptance_threshold=0"
 ALLOCATED += ["algo.allocation.num_pilot_samples=3", "algo.allocation.budget_per_prompt=4"]
 ALLOCATED += ["algo.allocation.update_interval=2", "algo.allocation.grad_stat=exact"]
 ALLOCATED += ["rollout.max_completion_length=40", "trainer.micro_batch_tokens=60"]
-COPG = ["algo.loss_type=copg", "algo.beta=0.2", "trainer.micro_batch_tokens=30"]
+COPG = ["algo.loss_type=copg", "algo.beta=0.2", "trainer.micro_batch_tokens=20"]
 COPG += OFFLINE[2:]
 TWO_PASS = ["algo.copg.microbatch_mode=two_pass", "trainer.micro_batch_tokens=16"]
 CASES = {  # a process without a sample to draw, and one without a prompt in a micro-batch
