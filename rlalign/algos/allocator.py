@@ -14,6 +14,7 @@ Legend: m prompts of the shard, k prompts of a step; float64.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -153,20 +154,26 @@ class Allocator:
         return round(self.section.budget_per_prompt * num_prompts)
 
     def _shared(self, weight_m: Tensor, rate_m: Tensor, budget: int) -> Tensor:
-        """Whole numbers of samples; where all weights are 0, what `on_empty` says."""
-        section = self.section
+        """Whole numbers of samples; where all weights are 0, what `on_empty` says. What
+        `max_samples` leaves no prompt to spend on is not spent."""
+        section, unit = self.section, self.section.group_size or 1
         if not bool((weight_m > 0).any()):
             self.fallbacks += 1
             if section.on_empty == "skip":
                 return torch.zeros(len(weight_m), dtype=torch.long)
             weight_m = torch.ones_like(weight_m)
+        if section.max_samples is not None:
+            taking = int((weight_m > 0).sum())
+            room = taking * (section.max_samples // unit)
+            room += (len(weight_m) - taking) * math.ceil(section.min_samples / unit)
+            budget = min(budget, room * unit)
         return allocate(
             weight_m,
             budget,
             section.rounding,
             low=section.min_samples,
             high=section.max_samples,
-            unit=section.group_size or 1,
+            unit=unit,
             accept_rate_m=rate_m,
         )
 

@@ -143,6 +143,14 @@ ERRORS += (
         "is there for lm_head and sum only: use these, grad_params=none, or under CurES "
         "compat=official, which takes mean norms in its place",
     ),
+    Rule(
+        lambda c: c.allocation.allocator != "uniform" and not _has_room(c),
+        "algo.allocation: min_samples={c.allocation.min_samples}, max_samples="
+        "{c.allocation.max_samples}, in units of group_size={c.allocation.group_size}, with "
+        "budget_per_prompt={c.allocation.budget_per_prompt:g}: each prompt needs at least "
+        "min_samples, rounded up to whole units, within the budget, and max_samples must hold that "
+        "and one unit",
+    ),
 )
 
 ERRORS += (
@@ -167,6 +175,22 @@ ERRORS += (
 )
 
 WARNINGS: tuple[Rule, ...] = (
+    Rule(
+        lambda c: c.loss_type == "copg" and (c.entropy_coef > 0 or c.kl_in != "loss"),
+        "algo.entropy_coef={c.entropy_coef}, kl_in={c.kl_in} with loss_type=copg: its loss has no "
+        "entropy bonus, and the KL is in it; leave them out",
+    ),
+    Rule(
+        lambda c: c.adv_estimator == "raft" and c.kl_in == "reward" and bool(c.beta),
+        "algo.beta={c.beta} has no effect with kl_in=reward under adv_estimator=raft, whose "
+        "advantages are 0 or 1 whatever the reward: use kl_in=loss",
+    ),
+    Rule(
+        lambda c: c.allocation.importance and c.prompt_weighting == "sample",
+        "algo.allocation.importance=true with prompt_weighting=sample: a prompt still counts by "
+        "its samples, which are not shared out evenly, so the data set's mean is not what is "
+        "trained; use prompt_weighting=prompt",
+    ),
     Rule(
         lambda c: c.loss_type == "copg" and not c.beta,
         "algo.beta=0 with loss_type=copg is REINFORCE with a leave-one-out baseline: off-policy "
@@ -205,6 +229,14 @@ WARNINGS: tuple[Rule, ...] = (
         "latter is exact without it and biased with it; use k3, or leave the correction out",
     ),
 )
+
+
+def _has_room(cfg: AlgoConfig) -> bool:
+    """Whether an allocator's bounds can be kept at all."""
+    section, unit = cfg.allocation, cfg.allocation.group_size or 1
+    least = -(-section.min_samples // unit) * unit
+    most = section.max_samples
+    return least <= section.budget_per_prompt and (most is None or most >= max(least, unit))
 
 
 def check(cfg: AlgoConfig) -> None:

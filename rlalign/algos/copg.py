@@ -249,7 +249,9 @@ def batch_loss(
         max_completion_length=max_length,
     )
     index_B, num_groups = compact(batch.group_id_B)
-    share_G = segment_sum(batch.weight_BT.amax(1), index_B, num_groups)
+    # A process without rows for this micro-batch has no columns either.
+    share_B = batch.weight_BT.amax(1) if len(batch) else batch.weight_BT.sum(1)
+    share_G = segment_sum(share_B, index_B, num_groups)
     found = copg_loss(
         rho_B,
         None,
@@ -265,12 +267,15 @@ def batch_loss(
         source_id_N=batch.source_id_B if section.compare_sources else None,
         tie_tol=cfg.reward_tie_tol,
     )
-    metrics = dict(found.metrics)
-    if entropy_BT is not None:
-        inside_BT = batch.mask_BT.bool()
-        total = torch.where(inside_BT, entropy_BT.detach(), 0.0).sum()
-        metrics["entropy"] = (total, inside_BT.sum().to(total.dtype))
-    return LossOutput(found.loss, metrics)
+    measured = {} if entropy_BT is None else entropy_metric(entropy_BT, batch)
+    return LossOutput(found.loss, found.metrics | measured)
+
+
+def entropy_metric(entropy_BT: Tensor, batch: TrainBatch) -> dict[str, tuple[Tensor, Tensor]]:
+    """Its mean over the tokens inside the mask, additive."""
+    inside_BT = batch.mask_BT.bool()
+    total = torch.where(inside_BT, entropy_BT.detach(), 0.0).sum()
+    return {"entropy": (total, inside_BT.sum().to(total.dtype))}
 
 
 ALGORITHM = Algorithm(

@@ -52,6 +52,7 @@ class Counts:
     solved: int = 0
     failed: int = 0
     unscorable: int = 0
+    empty: int = 0  # an allocator gave the prompt no sample
     value_sum: float = 0.0  # over groups with a usable value: the mean value of the group
     value_min: float = math.inf
     value_max: float = -math.inf
@@ -120,7 +121,7 @@ class DynamicSampler:
     def describe(self) -> str:
         """What was seen and what could be changed, in one message."""
         c, metric = self._counts, self._cfg.filter_groups.metric
-        scored = c.generated - c.unscorable
+        scored = c.generated - c.unscorable - c.empty
         seen = "no group had a usable value"
         if scored:
             seen = (
@@ -130,7 +131,8 @@ class DynamicSampler:
         return (
             f"dynamic sampling found {c.kept} of {self.target} groups with signal in {c.rounds} "
             f"rollouts of {c.generated} groups: {c.solved} all 1, {c.failed} all 0, "
-            f"{c.unscorable} without a usable {metric}; {seen}. {self._advice()}"
+            f"{c.unscorable} without a usable {metric}, {c.empty} without samples; {seen}. "
+            f"{self._advice()}"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -159,15 +161,18 @@ class DynamicSampler:
         self._counts = Counts(**values)  # type: ignore[arg-type]
 
     def _judge(self, values: Iterable[float]) -> bool:
-        usable, c = _usable(values), self._counts
+        values, c = list(values), self._counts
+        usable = _usable(values)
         if usable:
             mean = sum(usable) / len(usable)
             c.value_sum += mean
             c.value_min, c.value_max = min(c.value_min, mean), max(c.value_max, mean)
             c.solved += min(usable) == 1
             c.failed += max(usable) == 0
-        else:
+        elif values:
             c.unscorable += 1
+        else:
+            c.empty += 1
         if not self._cfg.filter_groups.enable:
             return True
         return has_signal(
@@ -180,6 +185,11 @@ class DynamicSampler:
         c = self._counts
         if c.unscorable > c.generated / 2:
             return "The reward gives no value for most samples: look at rewards/errors first."
+        if c.empty > c.generated / 2:
+            return (
+                "The allocator gives most prompts no sample: raise algo.allocation.rate_prior or "
+                "num_pilot_samples, or leave algo.filter_groups out."
+            )
         common = "raise algo.num_generations or algo.filter_groups.max_num_gen_batches, or set "
         common += "algo.filter_groups.on_exhausted=train"
         if c.solved > c.failed:

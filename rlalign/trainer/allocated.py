@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -30,7 +31,11 @@ from rlalign.trainer.collect import Collected, make_requests, roll_out
 from rlalign.trainer.gradient_norms import norms_of_batch
 from rlalign.trainer.job import Job
 from rlalign.trainer.sources import sampling_params
-from rlalign.types import FINISH_LENGTH, Group, Prompt, Scores
+from rlalign.types import FINISH_STOP, Group, Prompt, Scores
+
+NO_SCORES = Scores(torch.zeros(0), torch.zeros(0))  # of a group without samples
+
+log = logging.getLogger(__name__)
 
 
 class Allocated:
@@ -45,8 +50,14 @@ class Allocated:
         self._prompts: list[Prompt] = []
         self._pilot = Collected()
         self._figures: dict[str, float] = {}
-        if job.progress.allocation:
-            self._load(job.progress.allocation)
+        if state := job.progress.allocation:
+            if state["kind"] == self._section.allocator:
+                self._load(state)
+            else:
+                log.warning(
+                    "the shard of allocator=%s ends here: %s begins its own with the prompts that "
+                    "are left", state["kind"], self._section.allocator,
+                )  # fmt: skip
         self.commit()
 
     @property
@@ -57,7 +68,8 @@ class Allocated:
     def state(self) -> dict[str, Any]:
         """Of the shard, as JSON."""
         shard = {"first": self._first, "size": self._size, "left": self._left, "plans": self._plans}
-        return {"shard": shard, "allocator": self._allocator.state_dict()}
+        kind, allocator = self._section.allocator, self._allocator.state_dict()
+        return {"shard": shard, "kind": kind, "allocator": allocator}
 
     def next(self, count: int, step: int, seen: Counter[str]) -> Collected:
         collected = Collected()
@@ -66,6 +78,7 @@ class Allocated:
                 self._open_shard(step, seen)
             part = min(self._left, count - len(collected.groups))
             self._left -= part
+            self.cursor += part
             collected.extend(self._draw(part, step, seen))
         return collected
 
@@ -99,20 +112,21 @@ class Allocated:
         steps = max(1, min(self._section.update_interval, trainer.max_steps - step))
         self._first, self._size = self.cursor, steps * trainer.prompts_per_step
         self._left, self._plans = self._size, 0
-        self.cursor += self._size
         self._prompts = self._job.train_prompts.take(self._first, self._size)
         self._job.stage(f"pilot of {self._size} prompts, before step {step + 1}")
         counts = [self._section.num_pilot_samples] * self._size
         pilot = self._roll_out(self._prompts, counts, step, seen)
         began = time.perf_counter()
         self._allocator.begin(self._estimate(pilot))
-        self._figures = {
-            "time/allocate_s": time.perf_counter() - began,
-            "allocation/pilot_tokens": float(pilot.generated_tokens),
-        }
+        self._add_cost(time.perf_counter() - began, pilot.generated_tokens)
         weight = algos.pilot_weight(self._job.config.algo)
         pilot.groups = [dataclasses.replace(group, weight=weight) for group in pilot.groups]
         self._pilot.extend(pilot.select(range(self._size) if self._section.train_on_pilot else []))
+
+    def _add_cost(self, seconds: float, tokens: int) -> None:
+        """Of a pilot; dynamic sampling may need several in one step."""
+        for name, value in (("time/allocate_s", seconds), ("allocation/pilot_tokens", tokens)):
+            self._figures[name] = self._figures.get(name, 0.0) + value
 
     def _estimate(self, pilot: Collected) -> algos.PilotStats:
         """Accept rates, and norms of the gradients that the allocator needs."""
@@ -162,7 +176,7 @@ class Allocated:
         self._allocator.observe(shares, [int(part.sum()) for part in right])
         for _ in range(count - len(drawn.groups)):  # drawn twice: one group of both
             drawn.groups.append(Group(prompts[-1], ()))
-            drawn.scores.append(_no_scores(drawn))
+            drawn.scores.append(NO_SCORES)
         return drawn
 
     def _roll_out(
@@ -177,19 +191,19 @@ class Allocated:
             params = sampling_params(job)
             drawn = roll_out(job.rollout, job.scorer, wanted, requests, params, job.world)
         place = {position: k for k, position in enumerate(at)}
-        groups, scores, none = drawn.groups, drawn.scores, _no_scores(drawn)
+        groups, scores = drawn.groups, drawn.scores
         drawn.groups = [
             groups[place[i]] if i in place else Group(prompt, ())
             for i, prompt in enumerate(prompts)
         ]
-        drawn.scores = [scores[place[i]] if i in place else none for i in range(len(prompts))]
+        drawn.scores = [scores[place[i]] if i in place else NO_SCORES for i in range(len(prompts))]
         return drawn
 
 
 def _accepted(groups: Sequence[Group], scores: Scores, job: Job) -> torch.Tensor:
-    """bool [B]: right and not truncated."""
+    """bool [B]: right, and neither truncated nor given up by the engine."""
     group_id = [i for i, group in enumerate(groups) for _ in group.samples]
-    whole = [s.finish_reason != FINISH_LENGTH for group in groups for s in group.samples]
+    whole = [s.finish_reason == FINISH_STOP for group in groups for s in group.samples]
     return algos.accepted(
         scores.reward_B,
         scores.acc_B,
@@ -197,9 +211,3 @@ def _accepted(groups: Sequence[Group], scores: Scores, job: Job) -> torch.Tensor
         torch.tensor(whole, dtype=torch.bool) & scores.reward_B.isfinite(),
         job.config.algo,
     )
-
-
-def _no_scores(drawn: Collected) -> Scores:
-    names = drawn.scores[0].by_function if drawn.scores else ()
-    none = torch.zeros(0)
-    return Scores(none, none, {name: none for name in names})

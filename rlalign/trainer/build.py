@@ -31,7 +31,7 @@ from rlalign.tracking.rundir import (
     run_to_resume,
 )
 from rlalign.trainer import checkpoint
-from rlalign.trainer.checks import check_config, check_context, check_machine
+from rlalign.trainer.checks import check_config, check_context, check_machine, check_scored
 from rlalign.trainer.distributed import World, joined_world
 from rlalign.trainer.engine import TorchEngine, TrainEngine
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
@@ -120,7 +120,9 @@ def _load_scored(prompts: PromptSet, tokenizer, config: Config) -> ScoredSet | N
     if config.task.completions == "rollout":
         return None
     limit = config.rollout.max_completion_length
-    return load_scored(prompts, config.task, tokenizer, max_completion_length=limit)
+    scored = load_scored(prompts, config.task, tokenizer, max_completion_length=limit)
+    check_scored(scored, config)
+    return scored
 
 
 @contextmanager

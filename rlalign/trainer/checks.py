@@ -8,12 +8,14 @@ import torch
 
 from rlalign.config import Config, ConfigError
 from rlalign.rewards.scorer import accuracy_index
+from rlalign.tasks import ScoredSet
 from rlalign.tasks.scored import check_transform
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
     _check_completions(config)
+    _check_sources(config)
     _check_rewards(config)
     _check_trainer(config)
     if config.rollout.max_lag and config.rollout.engine != "server":
@@ -135,6 +137,29 @@ def _check_completions(config: Config) -> None:
                 f"algo.mismatch.{key} needs the log-probs that completions were drawn with, which "
                 f"the data does not have: set it to false with task.completions={task.completions}"
             )
+
+
+def _check_sources(config: Config) -> None:
+    if config.algo.copg.compare_sources and config.task.completions == "rollout":
+        raise ConfigError(
+            "algo.copg.compare_sources=true compares completions of different sources, and "
+            "task.completions=rollout has one, the policy: set it to false, or use "
+            "task.completions=mixed"
+        )
+
+
+def check_scored(scored: ScoredSet, config: Config) -> None:
+    """Raise ConfigError where no two completions of a prompt would be compared."""
+    if not config.algo.copg.compare_sources or config.task.completions != "dataset":
+        return
+    groups = (scored[prompt.id].group for prompt in scored.prompts)
+    if not any(len({sample.source_id for sample in group.samples}) > 1 for group in groups):
+        raise ConfigError(
+            "algo.copg.compare_sources=true compares completions of different sources, and no "
+            f"prompt of {config.task.train} has two (the column `source`: "
+            f"{', '.join(map(repr, scored.sources))}): set it to false, or use "
+            "task.completions=mixed, which adds samples of the policy"
+        )
 
 
 def _check_rewards(config: Config) -> None:

@@ -58,13 +58,14 @@ class Collected:
 
     def all_scores(self) -> Scores:
         """The scores of all samples, one row a sample, with the errors of all rolled out."""
-        if not self.scores:
+        scores = [s for s in self.scores if len(s.reward_B)]  # the others name no functions
+        if not scores:
             return Scores(torch.zeros(0), torch.zeros(0), errors=dict(self.errors))
-        names = self.scores[0].by_function
+        names = scores[0].by_function
         return Scores(
-            reward_B=torch.cat([s.reward_B for s in self.scores]),
-            acc_B=torch.cat([s.acc_B for s in self.scores]),
-            by_function={n: torch.cat([s.by_function[n] for s in self.scores]) for n in names},
+            reward_B=torch.cat([s.reward_B for s in scores]),
+            acc_B=torch.cat([s.acc_B for s in scores]),
+            by_function={n: torch.cat([s.by_function[n] for s in scores]) for n in names},
             errors=dict(self.errors),
         )
 

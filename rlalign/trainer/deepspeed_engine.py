@@ -139,6 +139,7 @@ class DeepSpeedEngine:
         params = list(self.module.parameters())
         with self._zero.gathered(params, enabled=not self._gathered):
             outer, self._gathered = self._gathered, True
+            self._zero.forget_trace()
             try:
                 yield
             finally:
@@ -247,6 +248,15 @@ class _Zero:
                 zero._reassign_or_swap_out_partitioned_parameters(group)
             if zero.persistent_parameters:
                 zero.persistent_parameters[0].all_gather(zero.persistent_parameters)
+
+    def forget_trace(self) -> None:
+        """Stage 3 records which modules run, to fetch them ahead, and stops the run where that
+        differs between processes. One that generates by itself runs more or fewer than the others,
+        so recording begins again after it."""
+        if self.stage == 3:
+            coordinator = self.optimizer.parameter_offload.get_param_coordinator()
+            if not coordinator.is_invalid_trace():
+                coordinator._invalidate_trace()
 
     @contextmanager
     def gathered(self, params: list[Any], *, enabled: bool) -> Iterator[None]:

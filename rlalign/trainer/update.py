@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlalign import algos
+from rlalign.algos.copg import entropy_metric
 from rlalign.algos.metrics import Metrics
 from rlalign.config import Config
 from rlalign.rollout.seeds import sample_seed
@@ -109,9 +110,10 @@ def update(
 
 def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[list[int]]:
     """Row indices of each optimizer step; several are shuffled, keyed by seed, step, iteration.
-    Rows that depend on each other stay together."""
+    Rows that depend on each other stay together, and those of a prompt where prompts are weighed:
+    with rows in three steps it would count three times."""
     units = [[row] for row in range(len(batch))]
-    if algos.couples_rows(config.algo):
+    if algos.couples_rows(config.algo) or config.algo.prompt_weighting != "sample":
         units = rows_of_groups(batch)
     parts = min(config.algo.num_minibatches, max(len(units), 1))
     for iteration in range(config.algo.num_iterations):
@@ -169,9 +171,10 @@ def accumulate_gradient(
         micro = minibatch.rows(rows).to(world.device)
         if local:
             micro = with_weights(micro, config, share=1 / (len(parts) * world.size))
-        output = engine.forward(micro, config.rollout.temperature, entropy=slope_BT is None)
+        output = engine.forward(micro, config.rollout.temperature, entropy=True)
         if slope_BT is not None:
             width = micro.mask_BT.shape[1]
+            metrics.append(entropy_metric(output.entropy_BT, micro))
             engine.backward((slope_BT[rows][:, :width].to(world.device) * output.logp_BT).sum())
             continue
         loss = algos.policy_loss(output.logp_BT, micro, config.algo, entropy_BT=output.entropy_BT)

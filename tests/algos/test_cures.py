@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rlalign import algos
-from rlalign.algos import PilotStats, cures
+from rlalign.algos import PilotStats, cures, gvm
 from rlalign.algos.allocate import allocate
 from rlalign.algos.gvm import gvm_weights
 from rlalign.config import AlgoConfig
@@ -128,8 +128,9 @@ def test_without_a_baseline_it_is_gvms_exact_spread():
     p, square_1, _, mean_1, _ = moments()
     weighted = RIGHT[:, None] * SCORES
     spread = float(PROBS @ (weighted**2).sum(1) - ((PROBS @ weighted) ** 2).sum())
-    mean_square = float((mean_1**2).sum())
-    assert spread == pytest.approx(p**2 * (square_1 / p - mean_square), abs=1e-12)
+    of_right = PilotStats(t(8), t(8 * p), t(0), t(square_1), (mean_1**2).sum()[None], t(0), t(0))
+    gvm_config = config("gvm_raft", grad_stat="exact", alpha=0.0).allocation
+    assert p**2 * float(gvm.weights(of_right, gvm_config)) ** 2 == pytest.approx(spread, abs=1e-12)
 
 
 def test_the_posterior_counts_whatever_the_order():
@@ -194,6 +195,23 @@ def test_importance_makes_the_mean_that_of_the_data_set():
         drawn = weight_of[tuple(sorted({i, j}))]
         total += float(rho[i] * rho[j]) * sum(w * float(value[k]) for k, w in drawn.items()) / 2
     assert total == pytest.approx(float(value.mean()), rel=1e-9)
+
+
+def test_importance_that_samples_undo_is_warned_about():
+    section = dataclasses.replace(AlgoConfig().allocation, importance=True)
+    for weighting, warned in (("sample", True), ("prompt", False)):
+        cfg = AlgoConfig(loss_type="cures_grpo", prompt_weighting=weighting, allocation=section)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            algos.resolve(cfg)
+        assert any("still counts by its samples" in str(w.message) for w in caught) is warned
+
+
+def test_prompts_drawn_twice_do_not_stop_a_run_with_max_samples():
+    allocator = algos.make_allocator(config(max_samples=8))
+    allocator.begin(stats(t(0.5, 0.25)))
+    shares = allocator.plan(5, 0)
+    assert shares.count_k == [8] * len(shares.index_k)
 
 
 def test_a_class_without_pilot_samples_borrows_the_others_norm():

@@ -73,15 +73,17 @@ def test_norms_scale_the_shares_and_a_common_factor_does_not():
 
 def test_no_other_shares_have_a_smaller_variance():
     """KKT: w^2/n^2 is constant, and moving a little from any prompt to any other only adds."""
-    weight = gvm_weights(t(0.1, 0.4, 0.8, 1.0), t(1, 2, 1, 4))
+    rate, norm, alpha, beta = t(0.1, 0.4, 0.8, 1.0), t(1, 2, 1, 4), 1e-3, 2.0
+    weight = gvm_weights(rate, norm, alpha, beta)
     share = 100 * weight / weight.sum()
-    torch.testing.assert_close((weight / share) ** 2, ((weight / share) ** 2)[:1].expand(4))
-    least = float((weight**2 / share).sum())
+    part = norm**2 / (rate * (1 + alpha / rate**beta))  # of the damped variance, by its text
+    torch.testing.assert_close(part / share**2, (part / share**2)[:1].expand(4))
+    least = float((part / share).sum())
     for i, j in itertools.permutations(range(4), 2):
         moved = share.clone()
         moved[i] -= 0.01
         moved[j] += 0.01
-        assert float((weight**2 / moved).sum()) > least
+        assert float((part / moved).sum()) > least
 
 
 def test_a_bound_on_accepted_samples():
@@ -129,22 +131,33 @@ def test_the_estimator_is_unbiased_and_its_variance_is_the_exact_one():
     assert float(weight**2) == pytest.approx(n * (second - lemma**2), rel=1e-9)
 
 
-@pytest.mark.parametrize("shares", [(3, 3), (1, 5)])
+@pytest.mark.parametrize("shares", [(2, 2), (1, 5)])
 def test_pilot_and_own_samples_together_stay_unbiased(shares):
-    """Two pilot samples decide how many more are drawn, two or `shares`: the mean of the two
-    estimates with fixed weights has the right expectation, the pooled mean has not."""
+    """Two pilot samples decide how many more are drawn, 2 or `shares`: with the weights that the
+    loss puts on both groups the expectation is right, with pooled samples it is not."""
     own = {0: shares[1], 1: 2, 2: shares[0]}  # right pilot samples -> more samples
-    p = sum(PROBS[y] for y in RIGHT)
+    cfg = config(num_pilot_samples=2, budget_per_prompt=3)
     truth = sum(PROBS[y] * SCORES[y] for y in RIGHT)
-    fixed, pooled = 0.0, 0.0
+    found, pooled = 0.0, 0.0
     value = [SCORES[y] if y in RIGHT else 0.0 for y in range(6)]
     for chance, pilot in enumerate_draws(2):
         n = own[sum(y in RIGHT for y in pilot)]
         first = sum(value[y] for y in pilot)
-        fixed += chance * (0.4 * first / 2 + 0.6 * truth)  # the second mean's expectation
+        weight_B = algos.aggregation_weights(
+            torch.ones(2 + n, 1, dtype=torch.float64),
+            torch.tensor([0] * n + [1] * 2),
+            cfg,
+            max_completion_length=1,
+            group_weight_B=torch.tensor([1.0] * n + [algos.pilot_weight(cfg)] * 2),
+        )[:, 0].tolist()
+        later = sum(weight_B[:n]) * truth  # the expectation of those
+        found += chance * (
+            later + sum(w * value[y] for w, y in zip(weight_B[n:], pilot, strict=True))
+        )
         pooled += chance * (first + n * truth) / (2 + n)
-    assert fixed == pytest.approx(truth, abs=1e-12)
-    assert (abs(pooled - truth) < 1e-9) == (len(set(own.values())) == 1) and 0 < p < 1
+        assert sum(weight_B[n:]) / sum(weight_B[:n]) == pytest.approx(2 / 3)  # N'/b
+    assert found == pytest.approx(truth, abs=1e-9)
+    assert abs(pooled - truth) > 1e-3 or shares == (2, 2)
 
 
 def test_estimates_of_a_pilot():
@@ -202,6 +215,16 @@ def test_where_no_pilot_sample_was_right(on_empty, expected):
     assert allocator.metrics()["allocation/fallbacks"] == 1
 
 
+def test_what_no_prompt_may_take_is_not_spent():
+    """Of four prompts one was right in the pilot, and it may take 12 samples of the 32."""
+    allocator = algos.make_allocator(config(max_samples=12))
+    allocator.begin(stats(t(0.5, 0, 0, 0), torch.ones(4)))
+    assert allocator.plan(4, 0).count_k == [12, 0, 0, 0]
+    bounded = algos.make_allocator(config(min_samples=2, max_samples=13, group_size=3))
+    bounded.begin(stats(t(0.5, 0, 0, 0), torch.ones(4)))
+    assert bounded.plan(4, 0).count_k == [12, 3, 3, 3]
+
+
 def test_filters_of_the_published_code():
     rate, norm = t(1, 0.9, 0.5, 0.1), t(1, 1, 1, 1)
     easy = algos.make_allocator(config(filter_threshold=0.8))
@@ -247,6 +270,9 @@ def test_a_saved_state_goes_on_where_it_was():
         ("gvm_raft", {"prompt_weighting": "inverse_propensity"}, {}, "train_on_pilot"),
         ("gvm_raft", {}, {"grad_stat": "exact", "grad_reduction": "mean"}, "norm of a mean"),
         ("cures_grpo", {}, {"grad_params": "embed_tokens"}, "norm of a mean"),
+        ("gvm_raft", {}, {"min_samples": 9}, "within the budget"),
+        ("gvm_raft", {}, {"min_samples": 3, "budget_per_prompt": 3.0}, "whole units"),
+        ("gvm_raft", {}, {"max_samples": 1}, "one unit"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(loss_type, fields, allocation, says):

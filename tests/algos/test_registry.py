@@ -184,6 +184,9 @@ def test_corrections_without_sense_are_refused_with_the_reason(fields, says):
         {"kl_estimator": "k3", "kl_in": "reward", "beta": 0.1},
         {"kl_estimator": "k2", "kl_in": "reward", "beta": 0.1},
         {"kl_estimator": "k2", "use_bias_correction_kl": True, "beta": 0.1},
+        {"loss_type": "raft", "kl_in": "reward", "beta": 0.1},
+        {"loss_type": "copg", "kl_in": "reward"},
+        {"loss_type": "copg", "entropy_coef": 0.1},
     ],
 )
 def test_a_kl_that_is_not_what_it_seems_is_warned_about(fields):

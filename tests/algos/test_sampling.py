@@ -41,6 +41,14 @@ def test_signal_means_two_different_usable_values(values, signal):
     assert has_signal(values) is signal
 
 
+def test_prompts_without_samples_are_not_blamed_on_the_reward():
+    sampler = DynamicSampler(2, cfg(budget=1))
+    with pytest.raises(SamplingExhausted) as caught:
+        sampler.feed([[], [0.0, 0.0], [], [math.nan], []])
+    for part in ("1 without a usable acc, 3 without samples", "0.000 on average", "allocator"):
+        assert part in str(caught.value)
+
+
 def test_a_group_of_one_counts_only_with_its_raw_reward():
     assert has_signal([0.3], singleton_advantage="raw")
     assert not has_signal([math.nan], singleton_advantage="raw")

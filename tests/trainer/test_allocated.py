@@ -16,10 +16,11 @@ import rlalign
 from rlalign import algos
 from rlalign.algos.gvm import gvm_weights
 from rlalign.config import Config, ConfigError
-from rlalign.trainer.ahead import draw
-from rlalign.trainer.allocated import Allocated
+from rlalign.trainer.ahead import draw, open_source
+from rlalign.trainer.allocated import Allocated, _accepted
 from rlalign.trainer.build import open_job
 from rlalign.trainer.job import Job
+from rlalign.types import Group, Sample, Scores
 from tests.support import tiny_config
 
 GVM = [
@@ -202,6 +203,60 @@ def test_dynamic_sampling_takes_further_prompts_of_the_shards(tmp_path):
 
 def settings_of(tmp_path: Path, *overrides: str) -> Config:
     return tiny_config(tmp_path, [*GVM, *overrides])
+
+
+def test_two_pilots_of_one_step_add_up(job: Job):
+    """A step of 8 prompts takes more than the shard of 6 that is opened first."""
+    source = Allocated(job)
+    source.next(8, 0, Counter())
+    pilot = source.extra()
+    assert len(pilot.groups) == 2 * 6
+    drawn = sum(len(s.token_ids) for group in pilot.groups for s in group.samples)
+    assert source.figures()["allocation/pilot_tokens"] == pilot.generated_tokens == drawn
+
+
+def test_rewards_of_a_pilot_are_recorded_where_no_prompt_has_samples(tmp_path):
+    settings = [*GVM, "algo.allocation.acceptance_threshold=9", "algo.allocation.on_empty=skip"]
+    path = run(tmp_path, [*settings, "trainer.max_steps=1"])
+    assert all(len(sample["rewards"]) == 2 for sample in samples(path, 1))
+    mean = sum(sample["reward"] for sample in samples(path, 1)) / len(samples(path, 1))
+    [figures] = metrics(path)
+    functions = [v for k, v in sorted(figures.items()) if k.startswith("rewards/")]
+    assert functions[0] + 0.5 * functions[1] == pytest.approx(mean)
+
+
+@pytest.mark.parametrize("then", ["gvm", "cures", "uniform"])
+def test_another_allocator_goes_on_with_the_prompts_that_are_left(then, tmp_path, caplog):
+    """A shard of 12 prompts, the training set, of which 3 steps take 9."""
+    first = "cures" if then == "gvm" else "gvm"
+    overrides = [*GVM, "algo.allocation.update_interval=4", "algo.allocation.num_pilot_samples=2"]
+    overrides += ["algo.allocation.min_samples=1", "algo.prompt_weighting=prompt"]
+    run(tmp_path, [*overrides, f"algo.allocation.allocator={first}", "trainer.max_steps=4",
+                   "trainer.checkpoint_every=3", "trainer.keep_checkpoints=9"])  # fmt: skip
+    folder = tmp_path / "runs" / "tiny"
+    for file in sorted((folder / "checkpoints" / "step_4").rglob("*"), reverse=True):
+        file.unlink() if file.is_file() else file.rmdir()
+    (folder / "checkpoints" / "step_4").rmdir()
+    (folder / "result.json").unlink()
+    config = tiny_config(tmp_path, [*overrides, f"algo.allocation.allocator={then}"])
+    with open_job(config, resume=True) as job:
+        count = 6 if then == "cures" else 3  # it draws from the whole of its shard
+        left = {prompt.id for prompt in job.train_prompts.take(9, count)}
+        source = open_source(job)
+        assert {group.prompt.id for group in draw(job, 3, source).collected.groups[:3]} <= left
+        assert source.cursor == 12
+    assert ("the shard of allocator" in caplog.text) is (then != "uniform")
+
+
+def test_samples_that_the_engine_gave_up_are_not_right(job: Job):
+    prompt = job.train_prompts[0]
+    samples = [
+        Sample(prompt.id, i, (5,), (0.0,), reason, (), text="a")
+        for i, reason in enumerate(("stop", "abort", "length"))
+    ]
+    scores = Scores(torch.ones(3), torch.ones(3))
+    found = _accepted([Group(prompt, tuple(samples))], scores, job)
+    assert found.tolist() == [True, False, False]
 
 
 def test_an_engine_that_runs_ahead_is_refused(tmp_path):

@@ -96,7 +96,7 @@ def by_trainer(engine: TorchEngine, batch: TrainBatch, config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["group_in_microbatch", "two_pass"])
-@pytest.mark.parametrize("tokens", [45, 70, 4096])
+@pytest.mark.parametrize("tokens", [45, 55, 4096])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_any_split_has_the_gradient_of_the_formula(folder, mode, tokens, packing):
     engine = make_engine(folder)
@@ -117,6 +117,28 @@ def test_any_split_has_the_gradient_of_the_formula(folder, mode, tokens, packing
             assert {GROUP[i] for i in part}.isdisjoint(
                 GROUP[i] for other in parts if other is not part for i in other
             )
+
+
+@pytest.mark.parametrize("mode", ["group_in_microbatch", "two_pass"])
+def test_figures_add_up_over_micro_batches_those_without_rows_too(folder, mode):
+    engine = make_engine(folder)
+    batch = with_reference(engine, make_batch())
+    batch = batch.replace(advantage_BT=torch.zeros_like(batch.mask_BT))
+    found = []
+    for tokens in (45, 4096):
+        settings = [f"algo.copg.microbatch_mode={mode}", f"trainer.micro_batch_tokens={tokens}"]
+        config = make_config(folder, *settings)
+        metrics = []
+        weighed = with_weights(batch, config)
+        accumulate_gradient(engine, weighed, config, WHOLE, metrics)
+        idle = weighed.rows([])
+        output = engine.forward(idle, 1.0, entropy=True)
+        loss = algos.policy_loss(output.logp_BT, idle, config.algo, entropy_BT=output.entropy_BT)
+        loss.loss.backward()  # other processes wait for it
+        metrics.append(loss.metrics)
+        found.append(algos.finalize_metrics(algos.merge_metrics(metrics)))
+    assert "entropy" in found[0]
+    assert found[0] == pytest.approx(found[1], rel=1e-4, abs=1e-6)
 
 
 def test_surrogate_and_square_have_one_gradient(folder):
@@ -145,6 +167,28 @@ def test_several_optimizer_steps_share_out_prompts_not_rows(folder):
     assert sorted(i for part in parts for i in part) == list(range(len(GROUP)))
     groups = [{GROUP[i] for i in part} for part in parts]
     assert sum(map(len, groups)) == 4 and len(groups) == 3
+
+
+@pytest.mark.parametrize("weighting", ["prompt", "inverse_propensity"])
+def test_several_optimizer_steps_count_each_prompt_once_where_prompts_are_weighed(
+    weighting, folder
+):
+    """Five prompts of 1 to 15 accepted samples; a sample's propensity weight is 1/n."""
+    settings = ["algo.loss_type=gvm_raft", f"algo.prompt_weighting={weighting}"]
+    settings += ["algo.num_minibatches=5", "algo.allocation.train_on_pilot=false"]
+    config = tiny_config(folder, settings)
+    sizes = [1, 15, 2, 6, 8]
+    group = [g for g, size in enumerate(sizes) for _ in range(size)]
+    batch = bare_batch([(1, 2, 3)] * len(group), [2] * len(group))
+    batch = batch.replace(group_id_B=torch.tensor(group), advantage_BT=batch.mask_BT)
+    if weighting == "inverse_propensity":
+        batch = batch.replace(group_weight_B=torch.tensor([1 / sizes[g] for g in group]))
+    total = torch.zeros(5)
+    for rows in minibatches(batch, config, 0):
+        part = with_weights(batch.rows(rows), config)
+        assert part.policy_weight_BT is not None
+        total.index_add_(0, part.group_id_B, part.policy_weight_BT.sum(1))
+    torch.testing.assert_close(total, torch.ones(5))
 
 
 def test_on_policy_the_first_step_is_that_of_rloo(folder):

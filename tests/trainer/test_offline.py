@@ -232,6 +232,18 @@ def test_a_broken_data_set_ends_before_a_model_is_loaded(tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
+def test_sources_that_never_meet_are_named_before_a_model_is_loaded(tmp_path, monkeypatch):
+    settings = ["algo.loss_type=copg", "algo.beta=0.1", "algo.copg.compare_sources=true"]
+    data = [{**row, "source": ["human"] * len(row["scores"])} for row in rows()]
+    config = scored_config(tmp_path, settings, data)
+    with monkeypatch.context() as patched:
+        patched.setattr("rlalign.trainer.build._load_policy", None)
+        with pytest.raises(ConfigError, match=r"no prompt of .* has two .*'human'"):
+            rlalign.train(config, quiet=True)
+    run = rlalign.train(scored_config(tmp_path, [*settings, "trainer.max_steps=1"]), quiet=True)
+    assert metrics(run.path)[0]["optim/grad_norm"] > 0
+
+
 def test_the_missing_engine_says_what_it_is():
     for call in (
         lambda: NoEngine().generate([], None),
@@ -248,6 +260,10 @@ REFUSED = [
     (["task.eval=mini:chain"], "rlalign eval CONFIG rollout.engine=hf"),
     (["task.scored.score_transform=group"], "changes the optimum"),
     (["algo.mismatch.bypass_mode=true"], "algo.mismatch.bypass_mode"),
+    (
+        ["rollout.engine=hf", "task.completions=rollout", "algo.copg.compare_sources=true"],
+        "copg.compare_sources",
+    ),
     (["rollout.engine=server", "rollout.max_lag=1"], "rollout.max_lag=0"),
     (["rollout.engine=hf", "task.eval=mini:chain"], "rewards.functions is empty"),
     (["rollout.engine=hf", "task.completions=mixed"], "rewards.functions is empty"),

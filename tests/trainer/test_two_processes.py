@@ -135,6 +135,43 @@ def test_two_processes_mix_samples_and_completions_as_one_does(tmp_path):
         assert second["optim/grad_norm"] == pytest.approx(first["optim/grad_norm"], rel=1e-4)
 
 
+ALLOCATED = ["algo.loss_type=gvm_raft", "algo.allocation.acceptance_threshold=0"]
+ALLOCATED += ["algo.allocation.num_pilot_samples=3", "algo.allocation.budget_per_prompt=4"]
+ALLOCATED += ["algo.allocation.update_interval=2", "algo.allocation.grad_stat=exact"]
+ALLOCATED += ["rollout.max_completion_length=40", "trainer.micro_batch_tokens=60"]
+COPG = ["algo.loss_type=copg", "algo.beta=0.2", "trainer.micro_batch_tokens=20"]
+COPG += OFFLINE[2:]
+TWO_PASS = ["algo.copg.microbatch_mode=two_pass", "trainer.micro_batch_tokens=16"]
+CASES = {  # a process without a sample to draw, and one without a prompt in a micro-batch
+    "allocated": (3, ALLOCATED),
+    "copg": (0, COPG),
+    "copg in two passes": (2, [*COPG, *TWO_PASS, "algo.num_minibatches=2"]),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_that_have_unequal_work_take_the_steps_of_one(case, tmp_path, monkeypatch):
+    monkeypatch.setenv("RLALIGN_CACHE", str(tmp_path / "cache"))
+    stage, overrides = CASES[case]
+    for name in ("one", "two"):
+        tiny_settings(tmp_path / name)
+        if case != "allocated":
+            rows = [
+                {"prompt": f"{i}+3=?", "completions": ["abc", f"{i}2", "ba"], "scores": [1, 0, i]}
+                for i in range(5)
+            ]
+            data = "".join(json.dumps(row) + "\n" for row in rows)
+            (tmp_path / name / "train.jsonl").write_text(data)
+    alone = rlalign.train(tiny_config(tmp_path / "one", [*OVERRIDES, *overrides]), quiet=True)
+    two = launch(tmp_path / "two", *overrides, f"trainer.zero_stage={stage}")
+    for one, other in zip(rows_of(alone.path), rows_of(two), strict=True):
+        timed = ("time/", "perf/", "memory/", "sampling/")
+        names = [name for name in one if not name.startswith(timed)]
+        assert {name: other[name] for name in names} == pytest.approx(
+            {name: one[name] for name in names}, rel=1e-3, abs=1e-5
+        )
+
+
 @pytest.mark.xdist_group("server")
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed")
 def test_two_processes_share_a_lease_and_take_the_steps_of_one(tmp_path):
