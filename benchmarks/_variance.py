@@ -19,7 +19,8 @@ import rlalign
 from rlalign import algos
 from rlalign.algos.gvm import gvm_weights
 from rlalign.trainer.ahead import draw
-from rlalign.trainer.allocated import Allocated
+from rlalign.trainer.allocated import Allocated, draw_counts
+from rlalign.trainer.allocated import estimate as estimate_pilot
 from rlalign.trainer.batch import make_train_batch
 from rlalign.trainer.build import open_job
 from rlalign.trainer.collect import Collected
@@ -50,12 +51,10 @@ def lemma(config_path, settings: list[str], repeats: int) -> dict[str, float]:
 
 
 def _lemma(job: Job, repeats: int) -> dict[str, float]:
-    source = Allocated(job)
-    source._size, source._prompts = PROMPTS, job.train_prompts.take(0, PROMPTS)
+    prompts = job.train_prompts.take(0, PROMPTS)
 
     def pilot(count: int, step: int) -> algos.PilotStats:
-        drawn = source._roll_out(source._prompts, [count] * PROMPTS, step, Counter())
-        return source._estimate(drawn)
+        return estimate_pilot(job, draw_counts(job, prompts, [count] * PROMPTS, step, Counter()))
 
     def shares(stats: algos.PilotStats) -> torch.Tensor:
         return algos.allocate(gvm_weights(stats.rate_m, stats.right_norm_m), 8 * PROMPTS)
@@ -64,7 +63,7 @@ def _lemma(job: Job, repeats: int) -> dict[str, float]:
     rate_m = reference.rate_m.clamp(min=1 / REFERENCE)
 
     def estimate(count_m: torch.Tensor, step: int) -> torch.Tensor:
-        drawn = source._roll_out(source._prompts, count_m.tolist(), step, Counter())
+        drawn = draw_counts(job, prompts, count_m.tolist(), step, Counter())
         weight = [1 / max(n, 1) / p for n, p in zip(count_m.tolist(), rate_m.tolist(), strict=True)]
         drawn.groups = [
             dataclasses.replace(group, weight=w)

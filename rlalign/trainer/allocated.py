@@ -115,9 +115,9 @@ class Allocated:
         self._prompts = self._job.train_prompts.take(self._first, self._size)
         self._job.stage(f"pilot of {self._size} prompts, before step {step + 1}")
         counts = [self._section.num_pilot_samples] * self._size
-        pilot = self._roll_out(self._prompts, counts, step, seen)
+        pilot = draw_counts(self._job, self._prompts, counts, step, seen)
         began = time.perf_counter()
-        self._allocator.begin(self._estimate(pilot))
+        self._allocator.begin(estimate(self._job, pilot))
         self._add_cost(time.perf_counter() - began, pilot.generated_tokens)
         weight = algos.pilot_weight(self._job.config.algo)
         pilot.groups = [dataclasses.replace(group, weight=weight) for group in pilot.groups]
@@ -128,38 +128,6 @@ class Allocated:
         for name, value in (("time/allocate_s", seconds), ("allocation/pilot_tokens", tokens)):
             self._figures[name] = self._figures.get(name, 0.0) + value
 
-    def _estimate(self, pilot: Collected) -> algos.PilotStats:
-        """Accept rates, and norms of the gradients that the allocator needs."""
-        job = self._job
-        scores = pilot.all_scores()
-        batch = make_train_batch(pilot.groups, scores, job.config.algo)
-        right_B = _accepted(pilot.groups, scores, job)
-        chosen_B = batch.mask_BT.bool().any(1)
-        if self._section.allocator == "gvm":
-            chosen_B = chosen_B & right_B
-        norm_B = torch.ones(len(batch))
-        mean_square_m = torch.zeros(len(pilot.groups))
-        if self._section.grad_params != "none":
-            at = chosen_B.nonzero()[:, 0]
-            set_id_B = torch.where(right_B, batch.group_id_B, -1)[at]
-            wants_means = algos.needs_mean_gradients(job.config.algo)
-            found = norms_of_batch(
-                job.engine,
-                batch.rows(at.tolist()),
-                job.config,
-                job.world,
-                self._section.grad_params or "",
-                set_id_B if wants_means else None,
-            )
-            norm_B = torch.zeros(len(batch)).index_copy(0, at, found.norm_B)
-            if self._section.grad_reduction == "mean":
-                norm_B = norm_B / batch.completion_len_B.clamp(min=1)
-            if found.mean_squared_K is not None:
-                mean_square_m[: len(found.mean_squared_K)] = found.mean_squared_K
-        return algos.PilotStats.of_norms(
-            norm_B, right_B, batch.group_id_B, len(pilot.groups), mean_square_m
-        )
-
     def _draw(self, count: int, step: int, seen: Counter[str]) -> Collected:
         """The groups of `count` prompts of the shard; those without samples are empty."""
         job = self._job
@@ -167,7 +135,7 @@ class Allocated:
         self._plans += 1
         shares = self._allocator.plan(count, seed)
         prompts = [self._prompts[i] for i in shares.index_k]
-        drawn = self._roll_out(prompts, shares.count_k, step, seen)
+        drawn = draw_counts(job, prompts, shares.count_k, step, seen)
         drawn.groups = [
             dataclasses.replace(group, weight=weight)
             for group, weight in zip(drawn.groups, shares.weight_k, strict=True)
@@ -179,25 +147,57 @@ class Allocated:
             drawn.scores.append(NO_SCORES)
         return drawn
 
-    def _roll_out(
-        self, prompts: Sequence[Prompt], counts: Sequence[int], step: int, seen: Counter[str]
-    ) -> Collected:
-        """Groups in the order of `prompts`, an empty one where the count is 0."""
-        job = self._job
-        at = [i for i, count in enumerate(counts) if count]
-        wanted = [prompts[i] for i in at]
-        requests = make_requests(wanted, [counts[i] for i in at], job.config.seed, step, seen)
-        with job.sampling():
-            params = sampling_params(job)
-            drawn = roll_out(job.rollout, job.scorer, wanted, requests, params, job.world)
-        place = {position: k for k, position in enumerate(at)}
-        groups, scores = drawn.groups, drawn.scores
-        drawn.groups = [
-            groups[place[i]] if i in place else Group(prompt, ())
-            for i, prompt in enumerate(prompts)
-        ]
-        drawn.scores = [scores[place[i]] if i in place else NO_SCORES for i in range(len(prompts))]
-        return drawn
+
+def estimate(job: Job, pilot: Collected) -> algos.PilotStats:
+    """Accept rates, and norms of the gradients that the allocator needs."""
+    section = job.config.algo.allocation
+    scores = pilot.all_scores()
+    batch = make_train_batch(pilot.groups, scores, job.config.algo)
+    right_B = _accepted(pilot.groups, scores, job)
+    chosen_B = batch.mask_BT.bool().any(1)
+    if section.allocator == "gvm":
+        chosen_B = chosen_B & right_B
+    norm_B = torch.ones(len(batch))
+    mean_square_m = torch.zeros(len(pilot.groups))
+    if section.grad_params != "none":
+        at = chosen_B.nonzero()[:, 0]
+        set_id_B = torch.where(right_B, batch.group_id_B, -1)[at]
+        wants_means = algos.needs_mean_gradients(job.config.algo)
+        found = norms_of_batch(
+            job.engine,
+            batch.rows(at.tolist()),
+            job.config,
+            job.world,
+            section.grad_params or "",
+            set_id_B if wants_means else None,
+        )
+        norm_B = torch.zeros(len(batch)).index_copy(0, at, found.norm_B)
+        if section.grad_reduction == "mean":
+            norm_B = norm_B / batch.completion_len_B.clamp(min=1)
+        if found.mean_squared_K is not None:
+            mean_square_m[: len(found.mean_squared_K)] = found.mean_squared_K
+    return algos.PilotStats.of_norms(
+        norm_B, right_B, batch.group_id_B, len(pilot.groups), mean_square_m
+    )
+
+
+def draw_counts(
+    job: Job, prompts: Sequence[Prompt], counts: Sequence[int], step: int, seen: Counter[str]
+) -> Collected:
+    """Groups in the order of `prompts`, an empty one where the count is 0."""
+    at = [i for i, count in enumerate(counts) if count]
+    wanted = [prompts[i] for i in at]
+    requests = make_requests(wanted, [counts[i] for i in at], job.config.seed, step, seen)
+    with job.sampling():
+        params = sampling_params(job)
+        drawn = roll_out(job.rollout, job.scorer, wanted, requests, params, job.world)
+    place = {position: k for k, position in enumerate(at)}
+    groups, scores = drawn.groups, drawn.scores
+    drawn.groups = [
+        groups[place[i]] if i in place else Group(prompt, ()) for i, prompt in enumerate(prompts)
+    ]
+    drawn.scores = [scores[place[i]] if i in place else NO_SCORES for i in range(len(prompts))]
+    return drawn
 
 
 def _accepted(groups: Sequence[Group], scores: Scores, job: Job) -> torch.Tensor:
