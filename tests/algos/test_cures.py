@@ -177,6 +177,18 @@ def test_a_prompt_drawn_twice_is_one_group_that_counts_twice():
     allocator.begin(stats(t(0.5)))
     shares = allocator.plan(3, 0)
     assert (shares.index_k, shares.count_k, shares.weight_k) == ([0], [24], [3.0])
+    by_sample = algos.make_allocator(config())
+    by_sample.begin(stats(t(0.5)))
+    assert by_sample.plan(3, 0).weight_k == [1.0]
+
+
+def test_each_time_that_a_prompt_is_drawn_brings_its_own_samples():
+    cfg = dataclasses.replace(config(), prompt_weighting="prompt")
+    allocator = algos.make_allocator(cfg)
+    allocator.begin(stats(t(0.5, 0.5)))
+    for seed in range(20):
+        shares = allocator.plan(3, seed)
+        assert shares.count_k == [8 * times for times in shares.weight_k]
 
 
 def test_importance_makes_the_mean_that_of_the_data_set():

@@ -172,6 +172,46 @@ def test_estimates_of_a_pilot():
     torch.testing.assert_close(found.right_mean_square_m, t((9 * 2.0 - 14) / 6, 0))
 
 
+def test_a_norm_that_is_not_finite_and_the_mean_of_one_sample_say_nothing():
+    norm_B = torch.tensor([3.0, math.inf, 2.0])
+    found = PilotStats.of_norms(
+        norm_B,
+        torch.ones(3, dtype=torch.bool),
+        torch.tensor([0, 0, 1]),
+        2,
+        torch.tensor([1.0, 4.0]),
+    )
+    assert found.right_norm_m.tolist() == [1.5, 2]
+    assert found.right_mean_square_m.tolist() == [(4 * 1.0 - 2 * 4.5) / 2, 0]
+
+
+def test_a_prior_adds_samples_of_the_mean_rate_and_accepted_ones_of_the_mean_norm():
+    """Rates 3/4, 1/4 and 0, mean 1/3; norms 2 (three times) and 6: mean 3. A prior of 6 samples is
+    two accepted ones more."""
+    allocator = algos.make_allocator(config(rate_prior=6.0))
+    allocator.begin(stats(t(0.75, 0.25, 0), t(2, 6, 0), num_samples=4))
+    rate, norm = t(5, 3, 2) / 10, t((6 + 6) / 5, (6 + 6) / 3, 3)
+    assert allocator.plan(3, 0).count_k == allocate(gvm_weights(rate, norm), 24).tolist()
+    state = allocator.state_dict()["stats"]
+    assert state["right_norm_m"] == pytest.approx(norm.tolist())
+    assert state["right_square_m"] == pytest.approx([(12 + 24) / 5, (36 + 24) / 3, 12])
+
+
+@pytest.mark.parametrize(("grad_stat", "norm"), [("mean", 2.0), ("rms", 3.0), ("exact", 2.0)])
+def test_which_norm_weighs(grad_stat, norm):
+    """Mean norm 2, mean square 9, of which 10 p are the mean gradient's, p = 1/2."""
+    found = PilotStats(t(8), t(4), t(2), t(9), t(10), t(0), t(0))
+    weight = gvm.weights(found, config(grad_stat=grad_stat, alpha=0.0).allocation)
+    assert float(weight) == pytest.approx(norm / math.sqrt(0.5))
+
+
+def test_a_pilot_group_counts_by_its_samples_or_by_what_they_are_of_the_budget():
+    numbers = {"num_pilot_samples": 4, "budget_per_prompt": 8.0, "pilot_weight": 0.5}
+    cfg = config(**numbers)
+    assert algos.pilot_weight(cfg) == 0.25
+    assert algos.pilot_weight(dataclasses.replace(cfg, prompt_weighting="sample")) == 0.5
+
+
 def test_the_squared_mean_is_estimated_without_bias():
     """Over all ordered pairs drawn from three vectors, with replacement."""
     vectors = torch.tensor([[1.0, 2.0], [-1.0, 0.5], [0.3, -0.7]], dtype=torch.float64)

@@ -124,8 +124,15 @@ def test_no_two_samples_of_a_step_share_a_seed(job: Job):
     assert max(numbers.values()) == 1
 
 
-def test_shares_follow_rates_and_norms_of_single_backward_passes(job: Job):
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_shares_follow_rates_and_norms_of_single_backward_passes(reduction, tmp_path):
     """The norm of each accepted pilot sample's gradient in the head, by autograd."""
+    settings = [*GVM, f"algo.allocation.grad_reduction={reduction}"]
+    with open_job(tiny_config(tmp_path, settings)) as job:
+        check_shares(job, reduction)
+
+
+def check_shares(job: Job, reduction: str) -> None:
     source = Allocated(job)
     found = draw(job, 0, source).collected
     pilot = list(zip(found.groups[3:], found.scores[3:], strict=True))
@@ -148,7 +155,8 @@ def test_shares_follow_rates_and_norms_of_single_backward_passes(job: Job):
             length = len(sample.token_ids)
             logp = (hidden[-length - 1 : -1] @ weight.T).log_softmax(-1)
             total = logp.gather(1, ids[0, -length:, None]).sum()
-            norms[-1].append(float(torch.autograd.grad(total, weight)[0].norm()))
+            divisor = length if reduction == "mean" else 1
+            norms[-1].append(float(torch.autograd.grad(total, weight)[0].norm()) / divisor)
     mean = [sum(own) / len(own) if own else 0.0 for own in norms]
     assert any(rates) and len(set(rates)) > 1
     expected = algos.allocate(gvm_weights(torch.tensor(rates), torch.tensor(mean)), 24)
