@@ -135,28 +135,13 @@ def test_shares_follow_rates_and_norms_of_single_backward_passes(reduction, tmp_
 def check_shares(job: Job, reduction: str) -> None:
     source = Allocated(job)
     found = draw(job, 0, source).collected
-    pilot = list(zip(found.groups[3:], found.scores[3:], strict=True))
     rates, norms = [], []
-    model = job.policy.model
-    head = model.get_output_embeddings()
-    weight = head.weight.detach().clone().requires_grad_()
-    for group, scores in pilot:
-        right = [
-            sample
-            for sample, acc in zip(group.samples, scores.acc_B.tolist(), strict=True)
-            if acc > 0 and sample.finish_reason == "stop"
-        ]
+    for group, scores in zip(found.groups[3:], found.scores[3:], strict=True):
+        right = right_samples(group, scores)
         rates.append(len(right) / 3)
-        norms.append([])
-        for sample in right:
-            ids = torch.tensor([group.prompt.token_ids + sample.token_ids])
-            with torch.no_grad():
-                hidden = model.base_model(input_ids=ids).last_hidden_state[0]
-            length = len(sample.token_ids)
-            logp = (hidden[-length - 1 : -1] @ weight.T).log_softmax(-1)
-            total = logp.gather(1, ids[0, -length:, None]).sum()
-            divisor = length if reduction == "mean" else 1
-            norms[-1].append(float(torch.autograd.grad(total, weight)[0].norm()) / divisor)
+        divisors = [len(sample.token_ids) if reduction == "mean" else 1 for sample in right]
+        gradients = head_gradients(job, group, right)
+        norms.append([float(g.norm()) / n for g, n in zip(gradients, divisors, strict=True)])
     mean = [sum(own) / len(own) if own else 0.0 for own in norms]
     assert any(rates) and len(set(rates)) > 1
     expected = algos.allocate(gvm_weights(torch.tensor(rates), torch.tensor(mean)), 24)
@@ -167,10 +152,50 @@ def check_shares(job: Job, reduction: str) -> None:
     )
 
 
+def right_samples(group: Group, scores: Scores) -> list[Sample]:
+    judged = zip(group.samples, scores.acc_B.tolist(), strict=True)
+    return [sample for sample, acc in judged if acc > 0 and sample.finish_reason == "stop"]
+
+
+def head_gradients(job: Job, group: Group, samples: list[Sample]) -> list[torch.Tensor]:
+    """Of the log-prob of each sample, by autograd."""
+    model, found = job.policy.model, []
+    weight = model.get_output_embeddings().weight.detach().clone().requires_grad_()
+    for sample in samples:
+        ids = torch.tensor([group.prompt.token_ids + sample.token_ids])
+        with torch.no_grad():
+            hidden = model.base_model(input_ids=ids).last_hidden_state[0]
+        length = len(sample.token_ids)
+        logp = (hidden[-length - 1 : -1] @ weight.T).log_softmax(-1)
+        total = logp.gather(1, ids[0, -length:, None]).sum()
+        found.append(torch.autograd.grad(total, weight)[0])
+    return found
+
+
+@pytest.mark.parametrize("settings", [[*GVM, "algo.allocation.grad_stat=exact"], CURES])
+def test_the_mean_gradient_is_that_of_the_right_samples(settings, tmp_path):
+    """|mean|^2 over pairs of different samples: without the bias of a sample with itself."""
+    settings = [*settings, "algo.allocation.num_pilot_samples=32"]  # few of them stop
+    with open_job(tiny_config(tmp_path, settings)) as job:
+        source = Allocated(job)
+        source.next(3, 0, Counter())
+        pilot = source.extra()
+        expected = []
+        for group, scores in zip(pilot.groups, pilot.scores, strict=True):
+            gradients = head_gradients(job, group, right_samples(group, scores))
+            pairs = [float((a * b).sum()) for a in gradients for b in gradients if a is not b]
+            expected.append(sum(pairs) / len(pairs) if pairs else 0.0)
+        assert any(expected)
+        found = source.state["allocator"]["stats"]["right_mean_square_m"]
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-3)
+
+
 def test_lost_weights_undo_a_draw(job: Job):
     source = Allocated(job)
     before = source.cursor, source.state
     once = draw(job, 0, source)
+    source.rewind()
+    source.next(3, 0, Counter())  # and before the pilot was taken
     source.rewind()
     assert (source.cursor, source.state) == before
     again = draw(job, 0, source)
