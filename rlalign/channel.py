@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import select
 import socket
@@ -16,7 +17,8 @@ MAX_FRAME_BYTES = 1 << 30
 class Channel:
     """One end. `deadline` is a `time.monotonic()` instant; None waits for ever.
 
-    `receive` raises EOFError when the other end is gone, TimeoutError past the deadline.
+    `receive` raises EOFError when the other end is gone or this one was closed meanwhile, by another
+    thread; TimeoutError past the deadline.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -47,7 +49,12 @@ class Channel:
         buffer = bytearray()
         while len(buffer) < size:
             self._arm(deadline)
-            chunk = self._sock.recv(min(size - len(buffer), 1 << 20))
+            try:
+                chunk = self._sock.recv(min(size - len(buffer), 1 << 20))
+            except OSError as error:
+                if error.errno == errno.EBADF:
+                    raise EOFError("this end of the connection was closed") from error
+                raise
             if not chunk:
                 raise EOFError("the other end closed the connection")
             buffer += chunk
