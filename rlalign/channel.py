@@ -17,8 +17,8 @@ MAX_FRAME_BYTES = 1 << 30
 class Channel:
     """One end. `deadline` is a `time.monotonic()` instant; None waits for ever.
 
-    `receive` raises EOFError when the other end is gone or this one was closed meanwhile, by another
-    thread; TimeoutError past the deadline.
+    `receive` raises EOFError when the other end is gone or this one was closed meanwhile, by some
+    other thread; TimeoutError past the deadline.
     """
 
     def __init__(self, sock: socket.socket) -> None:
