@@ -4,7 +4,7 @@ An algorithm is a choice of credit (which advantage for which token) and loss (w
 often a preset over the shared pieces. docs/algorithms.md is the overview.
 """
 
-from rlalign.algos.acceptance import accept_stats, accepted
+from rlalign.algos.acceptance import accepted
 from rlalign.algos.aggregate import aggregation_weights, attach_weights, depends_on_split
 from rlalign.algos.allocate import allocate
 from rlalign.algos.allocator import (
@@ -52,7 +52,6 @@ __all__ = [
     "SamplingExhausted",
     "Selection",
     "Shares",
-    "accept_stats",
     "accepted",
     "aggregation_weights",
     "allocate",

@@ -1,9 +1,9 @@
-"""Which samples are accepted, and how often: what rejection sampling and allocators go by.
+"""Which samples are accepted: what rejection sampling and allocators go by.
 
     threshold   correctness above `acceptance_threshold`
     top_k       the k samples of the group with the largest reward, the first of equals
 
-Legend: B samples, G groups in the order of their ids.
+Legend: B samples.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from rlalign.algos.segments import compact, segment_sum
+from rlalign.algos.segments import compact
 
 if TYPE_CHECKING:
     from rlalign.config.schema import AlgoConfig
@@ -33,12 +33,3 @@ def accepted(
         order = torch.argsort(reward_B[members], descending=True, stable=True)
         rank_B[members[order]] = torch.arange(len(members), device=rank_B.device)
     return rank_B < cfg.allocation.top_k
-
-
-def accept_stats(accepted_B: Tensor, group_id_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(accepted, all) samples of each group: int64 [G]. An unscorable sample counts as rejected."""
-    index_B, num_groups = compact(group_id_B)
-    ones_B = torch.ones_like(index_B)
-    return segment_sum(accepted_B.long(), index_B, num_groups), segment_sum(
-        ones_B, index_B, num_groups
-    )

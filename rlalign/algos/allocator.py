@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -112,7 +113,7 @@ class Shares:
     weight_k: list[float]
 
 
-class Allocator:
+class Allocator(ABC):
     """What GVM and CurES have in common: a shard, its pilot, and a budget."""
 
     def __init__(self, cfg: AlgoConfig) -> None:
@@ -124,18 +125,17 @@ class Allocator:
     def begin(self, stats: PilotStats) -> None:
         self.stats = stats
 
+    @abstractmethod
     def plan(self, num_prompts: int, seed: int) -> Shares:
-        raise NotImplementedError
+        """What the next `num_prompts` prompts get."""
 
+    @abstractmethod
     def observe(self, shares: Shares, right_k: Sequence[int]) -> None:
         """`right_k`: accepted samples of each prompt of the step."""
 
+    @abstractmethod
     def metrics(self) -> dict[str, float]:
-        raise NotImplementedError
-
-    def record(self) -> dict[str, Any]:
-        """What was decided over the shard, for the run directory."""
-        return self.state_dict()
+        """Figures of the shard, docs/metrics.md."""
 
     def state_dict(self) -> dict[str, Any]:
         """Everything needed to go on, as JSON."""
@@ -206,6 +206,9 @@ class GvmAllocator(Allocator):
         rate_m = self.stats.rate_m.clamp(min=1 / float(self.stats.num_samples_m.max()))
         weight_k = [1 / max(n, 1) / float(rate_m[i]) for i, n in zip(index_k, count_k, strict=True)]
         return Shares(index_k, count_k, weight_k)
+
+    def observe(self, shares: Shares, right_k: Sequence[int]) -> None:
+        """The shares of a shard are its pilot's; what its steps find changes none."""
 
     def metrics(self) -> dict[str, float]:
         assert self.stats is not None

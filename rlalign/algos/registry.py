@@ -149,11 +149,12 @@ def needs_old_logp(cfg: AlgoConfig) -> bool:
 
     Not with a single optimizer step per rollout batch, where the old log-probs are the current
     ones, unless something needs them before that step: the KL in the reward, or weights that are
-    normalised over the batch. In bypass mode the engine's log-probs take their place.
+    normalised over the batch. In bypass mode the engine's log-probs take their place, and CoPG has
+    no ratio.
     """
     if cfg.mismatch.bypass_mode:
         return False
-    several_steps = cfg.num_iterations * cfg.num_minibatches > 1
+    several_steps = cfg.num_iterations * cfg.num_minibatches > 1 and not couples_rows(cfg)
     kl_in_reward = needs_reference(cfg) and cfg.kl_in == "reward"
     return several_steps or kl_in_reward or needs_rollout_weights(cfg)
 

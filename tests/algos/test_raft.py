@@ -147,8 +147,3 @@ def test_reinforce_rej_is_plain_policy_gradient_on_mixed_groups():
     total = sum(LENGTH)
     assert rej[0, 0] == pytest.approx(-1 / total) and rej[1, 0] == pytest.approx(1 / total)
     assert not rej[2:].any()
-
-
-def test_accept_rates_count_every_sample():
-    right, count = algos.accept_stats(torch.tensor(ACC) > 0.5, torch.tensor(GROUP))
-    assert right.tolist() == [1, 2, 0] and count.tolist() == [2, 2, 2]
