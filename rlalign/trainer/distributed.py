@@ -8,6 +8,7 @@ so the same training loop serves one process and many.
 
 from __future__ import annotations
 
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -188,7 +189,7 @@ def ensure_process_group(world: World) -> None:
     if not dist.is_initialized() and world.size == 1:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         timeout = timedelta(seconds=world.timeout_s)
-        dist.init_process_group(_backend(world), store=store, rank=0, world_size=1, timeout=timeout)
+        _start_group(world, store=store, rank=0, world_size=1, timeout=timeout)
     if not dist.is_initialized() or dist.get_world_size() != world.size:
         found = dist.get_world_size() if dist.is_initialized() else 0
         raise DistributedError(
@@ -197,13 +198,21 @@ def ensure_process_group(world: World) -> None:
         )
 
 
+def _start_group(world: World, **options: Any) -> None:
+    # torch._dynamo keeps a reference to the group that it finds when it is imported, which the
+    # first use of a custom operator does. A group that outlives `destroy_process_group` has threads
+    # that race with the end of the interpreter: the process may abort after its work is done.
+    importlib.import_module("torch._dynamo")
+    dist.init_process_group(_backend(world), **options)
+
+
 def _backend(world: World) -> str:
     return "gloo" if world.device.type == "cpu" else "cpu:gloo,cuda:nccl"
 
 
 def _join(world: World) -> None:
     try:
-        dist.init_process_group(_backend(world), timeout=timedelta(seconds=world.timeout_s))
+        _start_group(world, timeout=timedelta(seconds=world.timeout_s))
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise DistributedError(

@@ -7,6 +7,7 @@ import os
 import sys
 
 import torch
+import torch._dynamo  # before a group exists: see rlalign/trainer/distributed.py
 import torch.distributed as dist
 
 from rlalign.kernels.linear_logprob import Lora, VocabParallel

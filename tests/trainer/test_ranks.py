@@ -130,3 +130,25 @@ def test_exchanges_between_processes(folder):
 def test_a_late_peer_is_an_error_that_names_the_wait(folder):
     message = report(folder)["exchange"]["late"]
     assert "group 17" in message and "deadline 0.2 s" in message and "rank 0 of 2" in message
+
+
+LEAVE = """
+import os
+import sys
+import torch
+from rlalign.trainer.distributed import joined_world
+
+with joined_world("cpu", timeout_s=60.0) as world:
+    double = torch.library.custom_op("left::double", lambda x: 2 * x, mutates_args=(),
+                                     schema="(Tensor x) -> Tensor")
+    assert world.all_reduce_sum(double(torch.ones(2)), "sum").tolist() == [4.0, 4.0]
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+sys.exit(any("gloo" in name for name in names) and f"threads left: {names}")
+"""
+
+
+def test_a_process_that_leaves_has_no_thread_of_the_group_left(tmp_path):
+    """One that stays races with the end of the interpreter, and may abort a run that succeeded."""
+    script = tmp_path / "leave.py"
+    script.write_text(LEAVE)
+    run_ranks(script, timeout_s=120.0)
