@@ -75,6 +75,41 @@ class Sample:
     source_id: int = 0  # 0: sampled in this run; from 1 on: which source of the data wrote it
 
 
+ROOT, POLICY, ENV, ODE = range(4)  # what led into a node of a tree; only POLICY has a log-prob
+
+
+@dataclass(frozen=True, slots=True)
+class Tree:
+    """Rollouts that share their beginnings: trees of token segments, or of denoising steps.
+
+    A forest of N nodes, parents before children, as parallel tensors. An edge carries the id of its
+    child: a token tree's edge is a segment of tokens, a denoising tree's one step of the sampler.
+    Leaves are finished samples. `group_N` is the prompt occurrence, which may have several trees.
+    `logp_N` is the behaviour policy's log-prob of the edge per action (token, or latent dimension),
+    of which it has `num_actions_N`; both are 0 for a root. `reward_N` counts at leaves only (NaN:
+    unscorable).
+
+    >>> # one tree: a root, two children, and one of them with two children of its own
+    >>> # parent_N=[-1, 0, 0, 1, 1], depth_N=[0, 1, 1, 2, 2], tree_N=group_N=[0, 0, 0, 0, 0]
+    >>> # kind_N=[ROOT, POLICY, POLICY, POLICY, POLICY], reward_N=[nan, nan, 0., 1., 0.]
+    """
+
+    parent_N: torch.Tensor  # int64, -1: a root
+    depth_N: torch.Tensor  # int64, 0: a root
+    tree_N: torch.Tensor  # int64
+    group_N: torch.Tensor  # int64
+    kind_N: torch.Tensor  # int64: ROOT, POLICY, ENV (forced tokens) or ODE (a deterministic step)
+    reward_N: torch.Tensor  # float32
+    logp_N: torch.Tensor  # float32
+    num_actions_N: torch.Tensor  # int64
+
+    def __len__(self) -> int:
+        return len(self.parent_N)
+
+    def replace(self, **changes: torch.Tensor) -> Tree:
+        return dataclasses.replace(self, **changes)
+
+
 @dataclass(frozen=True, slots=True)
 class Group:
     """The samples of one prompt occurrence; ragged sizes are normal, an allocator may give none.

@@ -84,6 +84,7 @@ class Algorithm:
     aliases: tuple[str, ...] = ()
     couples_rows: bool = False  # a row's loss depends on the current log-probs of its whole group
     allocator: str = "uniform"  # how many samples each prompt gets: algos/allocate.py
+    tree: Mapping[str, Any] = field(default_factory=dict)  # what `algo.tree` leaves open
     credit: Credit = compute_advantages
     loss: Loss = policy_loss
 

@@ -29,8 +29,8 @@ ALGORITHM = Algorithm(
     paper_settings={
         "num_generations": 16,
         "filter_groups.enable": True,
-        "overlong_buffer_len": 4096,
-        "overlong_penalty_factor": 1.0,
+        "overlong.buffer_len": 4096,
+        "overlong.penalty_factor": 1.0,
         "rollout.max_completion_length": 20480,
     },
 )

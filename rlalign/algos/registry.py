@@ -26,7 +26,7 @@ from rlalign.algos.loss import LossOutput, corrects
 from rlalign.types import TrainBatch
 
 if TYPE_CHECKING:
-    from rlalign.config.schema import AlgoConfig, AllocationConfig, MismatchConfig
+    from rlalign.config.schema import AlgoConfig, AllocationConfig, MismatchConfig, TreeConfig
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
     "adv_estimator": "grpo",
@@ -48,6 +48,7 @@ DEPENDENT_DEFAULTS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "reinforce_plus_plus_baseline": {"scale_rewards": "none"},
         "raft": {"scale_rewards": "none"},
         "reinforce_rej": {"scale_rewards": "none"},
+        "tree": {"scale_rewards": "group"},
     },
     "policy_loss": {
         "ppo_clip": {"epsilon": 0.2, "epsilon_high": None, "delta": None},
@@ -55,6 +56,19 @@ DEPENDENT_DEFAULTS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "reinforce": {"epsilon": None, "epsilon_high": None, "delta": None},
     },
     "kl_in": {"loss": {"kl_estimator": "k3"}, "reward": {"kl_estimator": "k1"}},
+}
+
+
+TREE_DEFAULTS: Mapping[str, Any] = {
+    "fuse": "child_mean",
+    "advantage": "depth",
+    "scope": "tree",
+    "weight": "depth_mean",
+}
+TREE_COMPAT: Mapping[str, Mapping[str, Any]] = {
+    "rlalign": {},
+    "paper": {"fuse": "path_softmax", "weight": "edge_mean"},
+    "official": {"fuse": "leaf_mean", "weight": "edge_mean"},
 }
 
 
@@ -107,9 +121,12 @@ def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) ->
     algorithm = get(cfg.loss_type)
     given = {key: getattr(cfg, key) for key in PRESET_FIELDS if getattr(cfg, key) is not None}
     filled = _preset(algorithm, given)
-    mismatch = _resolve_mismatch(cfg.mismatch, engine_shares_parameters)
-    allocation = _resolve_allocation(cfg, algorithm, filled["adv_estimator"])
-    resolved = dataclasses.replace(cfg, **filled, mismatch=mismatch, allocation=allocation)
+    sections = {
+        "mismatch": _resolve_mismatch(cfg.mismatch, engine_shares_parameters),
+        "allocation": _resolve_allocation(cfg, algorithm, filled["adv_estimator"]),
+        "tree": _resolve_tree(cfg.tree, algorithm),
+    }
+    resolved = dataclasses.replace(cfg, **filled, **sections)
     check(resolved)
     return resolved
 
@@ -221,6 +238,14 @@ def _resolve_allocation(
         group_size=given.group_size or (2 if compares and not official else 1),
         grad_params=given.grad_params or ("embed_tokens" if official else "lm_head"),
     )
+
+
+def _resolve_tree(given: TreeConfig, algorithm: Algorithm) -> TreeConfig:
+    preset = {**TREE_DEFAULTS, **algorithm.tree}
+    if algorithm.name == "branch_grpo":  # the one that `compat` is about
+        preset |= TREE_COMPAT[given.compat]
+    open_ = {name: value for name, value in preset.items() if getattr(given, name) is None}
+    return dataclasses.replace(given, **open_)
 
 
 def _resolve_mismatch(

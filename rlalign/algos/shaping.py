@@ -29,7 +29,7 @@ def overlong_penalty(
     """
     if not 0 <= buffer_len <= max_completion_length:
         raise AlgoError(
-            f"algo.overlong_buffer_len={buffer_len} must lie in [0, max_completion_length="
+            f"algo.overlong.buffer_len={buffer_len} must lie in [0, max_completion_length="
             f"{max_completion_length}]; DAPO uses a fifth of the limit"
         )
     if buffer_len == 0:

@@ -8,6 +8,17 @@ from dataclasses import dataclass
 from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
+from rlalign.config.tree import TreeConfig
+
+
+@dataclass
+class OverlongConfig:
+    """Soft overlong punishment (DAPO)."""
+
+    buffer_len: int = option(
+        0, "It starts this many tokens before the limit; 0 switches it off.", ge=0
+    )
+    penalty_factor: float = option(1.0, "Largest punishment.", ge=0)
 
 
 @dataclass
@@ -65,6 +76,7 @@ class AlgoConfig:
             "reinforce_plus_plus_baseline",
             "raft",
             "reinforce_rej",
+            "tree",
         ),
     )
     scale_rewards: str | None = option(
@@ -130,17 +142,13 @@ class AlgoConfig:
     mask_truncated_completions: bool = option(
         False, "Truncated completions keep their reward, lose their gradient."
     )
-    overlong_buffer_len: int = option(
-        0,
-        "Soft overlong punishment starts this many tokens before the limit; 0 switches it off.",
-        ge=0,
-    )
-    overlong_penalty_factor: float = option(1.0, "Largest overlong punishment.", ge=0)
     num_generations: int = option(8, "Samples per prompt (group size).", ge=1)
     num_iterations: int = option(1, "Passes over one rollout batch.", ge=1)
     num_minibatches: int = option(1, "Optimizer steps per pass.", ge=1)
     entropy_coef: float = option(0.0, "Entropy bonus.", ge=0)
+    overlong: OverlongConfig = section(OverlongConfig, "Soft punishment of long completions.")
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig, "Dynamic sampling.")
     copg: CopgConfig = section(CopgConfig, "Contrastive policy gradient.")
     allocation: AllocationConfig = section(AllocationConfig, "Which samples, and how many.")
     mismatch: MismatchConfig = section(MismatchConfig, "Engine/trainer correction.")
+    tree: TreeConfig = section(TreeConfig, "Credit in a tree (BranchGRPO, TreeRL, ...).")

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from omegaconf import MISSING
 
 from rlalign.config.fields import option, section
+from rlalign.config.flow import FlowConfig
+from rlalign.config.tree import TokenTreeConfig
 
 
 @dataclass
@@ -109,8 +111,8 @@ class RolloutConfig:
     engine: str = option(
         "vllm",
         "hf shares the trainer's parameters; vllm runs beside it; server: see `rlalign serve`; "
-        "none: nothing is sampled, with task.completions=dataset.",
-        choices=("hf", "vllm", "server", "none"),
+        "none: nothing is sampled, with task.completions=dataset; flow: images of a flow model.",
+        choices=("hf", "vllm", "server", "none", "flow"),
     )
     max_completion_length: int = option(256, "Longest completion, tokens.", ge=1)
     temperature: float = option(
@@ -141,3 +143,5 @@ class RolloutConfig:
     )
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
     server: ServerConfig = section(ServerConfig, "The rollout server to use.")
+    tree: TokenTreeConfig = section(TokenTreeConfig, "Trees of tokens in place of flat samples.")
+    flow: FlowConfig = section(FlowConfig, "The sampler of a flow model.")

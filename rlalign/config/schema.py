@@ -12,24 +12,31 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig
+from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig, OverlongConfig
 from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
+from rlalign.config.flow import FlowConfig, GuidanceConfig, MixConfig
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 from rlalign.config.scored import ScoredConfig
+from rlalign.config.tree import DepthPruneConfig, TokenTreeConfig, TreeConfig
 
 __all__ = [
     "AlgoConfig",
     "AllocationConfig",
     "Config",
     "CopgConfig",
+    "DepthPruneConfig",
     "FilterGroupsConfig",
+    "FlowConfig",
+    "GuidanceConfig",
     "KernelsConfig",
     "LoraConfig",
     "MismatchConfig",
+    "MixConfig",
     "ModelConfig",
     "OptimConfig",
+    "OverlongConfig",
     "RewardSpec",
     "RewardsConfig",
     "RolloutConfig",
@@ -37,8 +44,10 @@ __all__ = [
     "ServeConfig",
     "ServerConfig",
     "TaskConfig",
+    "TokenTreeConfig",
     "TrackingConfig",
     "TrainerConfig",
+    "TreeConfig",
     "VllmConfig",
     "option",
     "section",

@@ -136,7 +136,7 @@ class Scorer:
         length_B = torch.tensor([len(s.token_ids) for group in groups for s in group.samples])
         algo = self._algo
         return algos.overlong_penalty(
-            length_B, self._max_len, algo.overlong_buffer_len, algo.overlong_penalty_factor
+            length_B, self._max_len, algo.overlong.buffer_len, algo.overlong.penalty_factor
         )
 
     def _report(self, verdicts: Mapping[str, list[Verdict]], call: Call) -> None:

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from rlalign.config.schema import AlgoConfig, RewardSpec
+from rlalign.config.schema import AlgoConfig, OverlongConfig, RewardSpec
 from rlalign.rewards import RewardError
 from tests.rewards.rows import groups
 
@@ -132,7 +132,7 @@ def test_a_hanging_user_function_is_masked_in_time_and_the_next_step_works(score
 )
 def test_accuracy_is_the_marked_the_only_or_the_built_in_correctness(scorer, specs, expected):
     functions = {"bonus": lambda completions: [0.5] * 3, "other": lambda completions: [1.0] * 3}
-    algo = AlgoConfig(overlong_buffer_len=90, overlong_penalty_factor=4.0)
+    algo = AlgoConfig(overlong=OverlongConfig(90, 4.0))
     scores = scorer(*specs, functions=functions, algo=algo).score(ANSWERS)
     assert scores.acc_B.tolist() == expected
     assert (scores.reward_B < sum(s.weight for s in specs)).all()  # shaping touches the reward only
@@ -145,7 +145,7 @@ def test_two_accuracies_are_refused(scorer):
 
 
 def test_overlong_punishment_by_hand(scorer):
-    algo = AlgoConfig(overlong_buffer_len=20, overlong_penalty_factor=2.0)  # limit 100
+    algo = AlgoConfig(overlong=OverlongConfig(20, 2.0))  # limit 100
     rows = groups(("q", None, ["x" * n for n in (10, 80, 90, 100)]))
     scores = scorer("one", functions={"one": lambda completions: [1.0] * 4}, algo=algo).score(rows)
     assert scores.reward_B.tolist() == pytest.approx([1.0, 1.0, 0.0, -1.0])
