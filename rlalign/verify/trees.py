@@ -263,15 +263,14 @@ def expected_gradient(cfg: AlgoConfig) -> tuple[Tensor, Tensor]:
     return mean_7, torch.tensor(slope, dtype=torch.float64)
 
 
-def unbiased_config(weight: str, **fields) -> AlgoConfig:
-    cfg = config("branch_grpo", scale_rewards="none")
-    section = dataclasses.replace(cfg.tree, weight=weight, baseline="loo", **fields)
-    return dataclasses.replace(cfg, tree=section)
+def plain(weight: str) -> AlgoConfig:
+    """Nothing divides the advantages."""
+    return config("branch_grpo", scale_rewards="none", tree={"weight": weight, "baseline": "loo"})
 
 
 @shared("trees: omega_sum and the mean of the others: E = grad J", source=BRANCH, bound=1e-12)
 def unbiased() -> float:
-    mean_7, slope_7 = expected_gradient(unbiased_config("omega_sum"))
+    mean_7, slope_7 = expected_gradient(plain("omega_sum"))
     return difference(mean_7, slope_7)
 
 
@@ -283,6 +282,6 @@ def unbiased() -> float:
 def weighted_depths() -> float:
     depth_7 = torch.tensor([0, 1, 1, 2, 2, 2, 2])
     width_7 = torch.tensor([2.0, 2.0, 4.0], dtype=torch.float64)[depth_7]
-    edge_7, slope_7 = expected_gradient(unbiased_config("edge_mean"))
-    mean_7, _ = expected_gradient(unbiased_config("depth_mean"))
+    edge_7, slope_7 = expected_gradient(plain("edge_mean"))
+    mean_7, _ = expected_gradient(plain("depth_mean"))
     return worst([difference(edge_7, slope_7 * width_7 / 8), difference(mean_7, slope_7 / 3)])
