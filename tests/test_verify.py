@@ -166,7 +166,7 @@ RECURSION = "values and advantages of ragged trees = recursion in float64"
     [
         ("population std", "branch_grpo", RECURSION),
         ("every tree has a prompt of its own", "tree_rl", RECURSION),
-        ("no tie guard", "branch_grpo", "equal leaves give exactly 0"),
+        ("no tie guard", "spo", "equal leaves give exactly 0"),
         (
             "a branch counts by its leaves",
             "branch_grpo",
