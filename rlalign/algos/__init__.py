@@ -16,6 +16,7 @@ from rlalign.algos.allocator import (
     pilot_weight,
 )
 from rlalign.algos.base import Algorithm
+from rlalign.algos.branch_grpo import TreeCredit, explained_variance, tree_credit
 from rlalign.algos.errors import AlgoError, AlgoWarning
 from rlalign.algos.kl import estimate_kl, reward_kl
 from rlalign.algos.loss import LossOutput
@@ -52,6 +53,7 @@ __all__ = [
     "SamplingExhausted",
     "Selection",
     "Shares",
+    "TreeCredit",
     "accepted",
     "aggregation_weights",
     "allocate",
@@ -61,6 +63,7 @@ __all__ = [
     "depends_on_split",
     "estimate_kl",
     "expansion",
+    "explained_variance",
     "finalize_metrics",
     "get",
     "gradient_mask",
@@ -80,4 +83,5 @@ __all__ = [
     "reward_kl",
     "reward_metrics",
     "rollout_weights",
+    "tree_credit",
 ]

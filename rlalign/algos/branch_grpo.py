@@ -44,15 +44,24 @@ class TreeCredit(NamedTuple):
 
 
 def tree_credit(
-    tree: Tree, cfg: AlgoConfig, actions_N: Tensor, *, step: int = 0, max_steps: int = 1
+    tree: Tree,
+    cfg: AlgoConfig,
+    actions_N: Tensor,
+    *,
+    step: int = 0,
+    max_steps: int = 1,
+    trains_N: Tensor | None = None,
 ) -> TreeCredit:
     """Values, advantages as the loss takes them, and each edge's share of the loss in `step`.
 
-    actions_N: how many losses an edge has, 1 or its tokens. A group whose edges all have advantage
-    0 counts in the shares, as it does in a flat batch.
+    actions_N: how many losses an edge has, 1 or its tokens. trains_N: bool, False for edges that
+    are not to train whatever pruning says. A group whose edges all have advantage 0 counts in the
+    shares, as it does in a flat batch.
     """
     value_N, advantage_N = tree_advantages(tree, cfg)
     keep_N = select_edges(tree, value_N, cfg, step=step, max_steps=max_steps)
+    if trains_N is not None:
+        keep_N = keep_N & trains_N
     weight_N = edge_weights(tree, keep_N, cfg, actions_N)
     if cfg.tree.advantage_clip:
         bound = cfg.tree.advantage_clip

@@ -1,6 +1,8 @@
-"""Sampling seeds keyed by what is sampled, never by the order in which it is drawn.
+"""Seeds keyed by what is sampled, never by the order in which it is drawn.
 
-    seed = blake2b(key = run seed; prompt id, sample index, step) mod 2^63
+    completion   seed = blake2b(key = run seed; index, step, prompt id) mod 2^63
+    noise        key  = blake2b(key = run seed, person "flow-noise"; tree, iteration, time, prompt
+                                id), 128 bits
 
 So a sample can be drawn again alone, on another engine or after a resume, and comes out the same.
 """
@@ -15,10 +17,22 @@ def sample_seed(seed: int, prompt_id: str, index: int, step: int) -> int:
 
     Integers may be anything that fits 64 signed bits; OverflowError otherwise.
     """
+    return int.from_bytes(_digest(8, seed, (index, step), prompt_id), "little") >> 1
+
+
+def noise_key(seed: int, prompt_id: str, tree: int, iteration: int, time: int) -> int:
+    """The key, in [0, 2^128), of all noise that tree `tree` of prompt `prompt_id` needs at
+    denoising step `time` of training iteration `iteration`. OverflowError as for `sample_seed`."""
+    digest = _digest(16, seed, (tree, iteration, time), prompt_id, person=b"flow-noise")
+    return int.from_bytes(digest, "little")
+
+
+def _digest(
+    size: int, seed: int, fields: tuple[int, ...], prompt_id: str, person: bytes = b""
+) -> bytes:
     # The prompt id comes last: the other fields have a fixed width, so no two keys read alike.
-    message = _int64(index) + _int64(step) + prompt_id.encode()
-    digest = hashlib.blake2b(message, digest_size=8, key=_int64(seed)).digest()
-    return int.from_bytes(digest, "little") >> 1
+    message = b"".join(map(_int64, fields)) + prompt_id.encode()
+    return hashlib.blake2b(message, digest_size=size, key=_int64(seed), person=person).digest()
 
 
 def _int64(value: int) -> bytes:

@@ -10,10 +10,14 @@ from rlalign.config import Config, ConfigError
 from rlalign.rewards.scorer import accuracy_index
 from rlalign.tasks import ScoredSet
 from rlalign.tasks.scored import check_transform
+from rlalign.trainer.flow_checks import check_flow
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
+    if config.rollout.engine == "flow":
+        check_flow(config)
+        return
     _check_completions(config)
     _check_sources(config)
     _check_rewards(config)

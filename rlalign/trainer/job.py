@@ -43,28 +43,79 @@ class Progress:
     eval_after: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class Job:
-    """One run's parts. `progress` is the only one that changes."""
+@dataclass(kw_only=True)
+class Run:
+    """What every run has, whatever its policy: it is told what to train, and remembers how far it
+    is. `progress` and `observers` are all that changes."""
 
     config: Config
     world: World
-    tokenizer: Any
+    engine: TrainEngine
+    run_dir: RunDir
     train_prompts: PromptSet
     eval_prompts: PromptSet | None
-    scorer: Scorer
-    policy: Policy
-    engine: TrainEngine
-    rollout: RolloutEngine
-    run_dir: RunDir
-    scored: ScoredSet | None = None  # completions of the training data, where those are used
-    reference: ReferenceLogps | None = None  # of all of them, where that is all that is needed
     observers: Sequence[Observer] = ()
     progress: Progress = field(default_factory=Progress)
 
     @property
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
+
+    def stage(self, text: str) -> None:
+        if self.world.is_main:
+            for observer in self.observers:
+                observer.stage(text)
+
+    def record_step(self, figures: dict[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
+        """Metrics line, sample file, observers: on the main process."""
+        with self.world.agreed(f"record of step {int(figures['step'])}"):
+            if not self.world.is_main:
+                return
+            if self.config.tracking.save_rollouts:
+                self.run_dir.write_rollouts(int(figures["step"]), rows)
+            self.run_dir.append_metrics(figures)
+            for observer in self.observers:
+                observer.step(figures, rows)
+
+    def save_checkpoint(self) -> None:
+        """Write the checkpoint of the current step, whole or not at all."""
+        self.stage(f"checkpoint of step {self.progress.step}")
+        with self.engine.full_parameters():
+            checkpoint.save(
+                self.run_dir.checkpoints,
+                self.progress.step,
+                engine=self.engine,
+                state=dataclasses.asdict(self.progress),
+                save_model=self.save_model,
+                keep=self.config.trainer.keep_checkpoints,
+            )
+
+    def load_checkpoint(self, folder: Path) -> None:
+        state = checkpoint.load(folder, engine=self.engine)
+        self.progress = Progress(**state)
+
+    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
+        if self.world.is_main:
+            self.run_dir.write_result(result)
+            for observer in self.observers:
+                observer.finish(result)
+        return result
+
+    def save_model(self, folder: Path) -> None:
+        """Write what a checkpoint holds for others than the trainer."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Job(Run):
+    """One run of a language model."""
+
+    tokenizer: Any
+    scorer: Scorer
+    policy: Policy
+    rollout: RolloutEngine
+    scored: ScoredSet | None = None  # completions of the training data, where those are used
+    reference: ReferenceLogps | None = None  # of all of them, where that is all that is needed
 
     @property
     def samples_policy(self) -> bool:
@@ -95,46 +146,6 @@ class Job:
             return adapter_weights(self.policy.model)
         return self.policy.named_rollout_weights()
 
-    def stage(self, text: str) -> None:
-        if self.world.is_main:
-            for observer in self.observers:
-                observer.stage(text)
-
-    def record_step(self, figures: dict[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Metrics line, sample file, observers: on the main process."""
-        with self.world.agreed(f"record of step {int(figures['step'])}"):
-            if not self.world.is_main:
-                return
-            if self.config.tracking.save_rollouts:
-                self.run_dir.write_rollouts(int(figures["step"]), rows)
-            self.run_dir.append_metrics(figures)
-            for observer in self.observers:
-                observer.step(figures, rows)
-
-    def save_checkpoint(self) -> None:
-        """Write the checkpoint of the current step, whole or not at all."""
-        self.stage(f"checkpoint of step {self.progress.step}")
-        with self.engine.full_parameters():
-            checkpoint.save(
-                self.run_dir.checkpoints,
-                self.progress.step,
-                engine=self.engine,
-                state=dataclasses.asdict(self.progress),
-                save_model=self._save_model,
-                keep=self.config.trainer.keep_checkpoints,
-            )
-
-    def load_checkpoint(self, folder: Path) -> None:
-        state = checkpoint.load(folder, engine=self.engine)
-        self.progress = Progress(**state)
-
-    def finish(self, result: dict[str, Any]) -> dict[str, Any]:
-        if self.world.is_main:
-            self.run_dir.write_result(result)
-            for observer in self.observers:
-                observer.finish(result)
-        return result
-
-    def _save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
         self.policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
