@@ -59,6 +59,10 @@ class FlowModel(nn.Module, abc.ABC):
     def decode(self, x0_NX: Tensor) -> Tensor:
         """Images of clean latents: float32 [N, C, H, W] in [0, 1]."""
 
+    def time_grid(self, num_steps: int, shift: float) -> Tensor | None:
+        """The model's own falling grid of sigma, float64 [num_steps + 1]; None: any will do."""
+        return None
+
     @abc.abstractmethod
     def config_dict(self) -> dict[str, Any]:
         """What config.json holds: `architecture`, and the arguments that make an equal model."""
