@@ -130,4 +130,6 @@ def _samples(job: FlowJob, prompts: list) -> tuple[Tensor, Any]:
         sigma_T1=job.policy.time_grid(flow),
     )
     images = job.policy.decode(x0_NX)
-    return images, job.scorer.score_images(prompts, images, torch.zeros(len(prompts), dtype=torch.long))
+    return images, job.scorer.score_images(
+        prompts, images, torch.zeros(len(prompts), dtype=torch.long)
+    )
