@@ -37,9 +37,9 @@ ERRORS: tuple[Rule, ...] = (
         "loss_agg_mode=seq-mean-token-mean, or importance_sampling_level=sequence_token",
     ),
     Rule(
-        lambda c: c.scale_rewards != "none" and c.adv_estimator != "grpo",
+        lambda c: c.scale_rewards != "none" and c.adv_estimator not in ("grpo", "tree"),
         "algo.scale_rewards={c.scale_rewards} has no effect with adv_estimator={c.adv_estimator}; "
-        "leave it out, or use adv_estimator=grpo",
+        "leave it out, or use adv_estimator=grpo or tree",
     ),
     Rule(
         lambda c: c.normalize_advantages and str(c.adv_estimator).startswith("reinforce_plus_plus"),

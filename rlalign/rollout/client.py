@@ -133,8 +133,17 @@ class RolloutClient:
         """
         self._check_usable()
         self._limits.check(requests, params)
+        wanted = [
+            {
+                "ids": request.token_ids,
+                "seeds": request.seeds,
+                "max_completion_length": request.max_completion_length,
+            }
+            for request in requests
+            if request.seeds
+        ]
         body = {
-            "requests": [{"ids": r.token_ids, "seeds": r.seeds} for r in requests if r.seeds],
+            "requests": wanted,
             "params": {
                 "max_completion_length": params.max_completion_length,
                 "temperature": params.temperature,

@@ -54,6 +54,7 @@ class Row:
     """One completion in the making."""
 
     seed: int
+    limit: int  # tokens
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     finish_reason: str = ""
@@ -76,7 +77,11 @@ def decode(
     device: torch.device,
 ) -> list[list[Row]]:
     """One row per seed of each request, in order, all finished. EngineError on logits of NaN."""
-    completions = [[Row(seed) for seed in request.seeds] for request in requests]
+    limits = [request.limited(params).max_completion_length for request in requests]
+    completions = [
+        [Row(seed, limit) for seed in request.seeds]
+        for request, limit in zip(requests, limits, strict=True)
+    ]
     queue = plan(requests, completions, max_batch_size)
     rows: list[Row] = []
     while queue or rows:
@@ -151,7 +156,7 @@ def draw(
         row.logps.append(logp)
         if token in stop_ids:
             row.finish_reason = FINISH_STOP
-        elif len(row.tokens) == params.max_completion_length:
+        elif len(row.tokens) == row.limit:
             row.finish_reason = FINISH_LENGTH
 
 

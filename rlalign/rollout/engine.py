@@ -6,6 +6,7 @@ what an engine cannot do it says in its `capabilities`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,7 +36,8 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
-    """Draw `len(seeds)` completions of one prompt, one per seed, numbered from `first_index`.
+    """Draw `len(seeds)` completions of one prompt, one per seed, numbered from `first_index`, of at
+    most `max_completion_length` tokens (None: those of the `SamplingParams`).
 
     >>> GenerateRequest("gsm8k/17", (3, 9, 4), seeds=(11, 12, 13, 14))
     """
@@ -44,6 +46,13 @@ class GenerateRequest:
     token_ids: tuple[int, ...]
     seeds: tuple[int, ...]
     first_index: int = 0
+    max_completion_length: int | None = None
+
+    def limited(self, params: SamplingParams) -> SamplingParams:
+        """`params` with this request's own limit."""
+        if self.max_completion_length is None:
+            return params
+        return dataclasses.replace(params, max_completion_length=self.max_completion_length)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,8 +147,10 @@ class HFEngine:
         return next(self._model.parameters()).device
 
     def _decoder(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> Decoder:
-        longest = max((len(request.token_ids) for request in requests), default=0)
-        longest += params.max_completion_length
+        longest = max(
+            (len(r.token_ids) + r.limited(params).max_completion_length for r in requests),
+            default=0,
+        )
         if is_plain_decoder(self._model, longest):
             return FastDecoder(self._model, longest)
         pad_id = self._tokenizer.pad_token_id
@@ -180,13 +182,12 @@ class HFEngine:
     def _check(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> None:
         if params.temperature < 0:
             raise EngineError(f"temperature is {params.temperature}; it must be at least 0")
-        if params.max_completion_length < 1:
-            raise EngineError(
-                f"max_completion_length is {params.max_completion_length}; it must be at least 1"
-            )
-        for request in requests:
+        lengths = [request.limited(params).max_completion_length for request in requests]
+        if (shortest := min([params.max_completion_length, *lengths])) < 1:
+            raise EngineError(f"max_completion_length is {shortest}; it must be at least 1")
+        for request, length in zip(requests, lengths, strict=True):
             name = f"prompt {request.prompt_id!r}"
-            self._check_ids(request.token_ids, params.max_completion_length, name)
+            self._check_ids(request.token_ids, length, name)
             if any(not -(2**63) <= seed < 2**63 for seed in request.seeds):
                 raise EngineError(f"{name}: a seed must fit 64 bits, got {request.seeds}")
 

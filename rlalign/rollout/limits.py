@@ -22,8 +22,10 @@ class Limits:
     def check(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> None:
         self.check_params(params)
         for request in requests:
-            name = f"prompt {request.prompt_id!r}"
-            self.check_ids(request.token_ids, params.max_completion_length, name)
+            name, own = f"prompt {request.prompt_id!r}", request.limited(params)
+            if own is not params:
+                self.check_params(own)
+            self.check_ids(request.token_ids, own.max_completion_length, name)
             self.check_seeds(request.seeds, name)
 
     def check_params(self, params: SamplingParams) -> None:

@@ -85,7 +85,7 @@ class VllmEngine:
         stream.check_usable()
         stream.limits.check(requests, params)
         work = [
-            (request.token_ids, stream.sampling(params, seed))
+            (request.token_ids, stream.sampling(request.limited(params), seed))
             for request in requests
             for seed in request.seeds
         ]

@@ -260,6 +260,25 @@ def eos_on_the_last_allowed_token_is_a_stop(subject: Subject) -> None:
         assert (sample.token_ids, sample.finish_reason) == ((first,), "stop")
 
 
+def requests_of_one_call_may_have_limits_of_their_own(subject: Subject) -> None:
+    """A shorter one is the beginning of what the same seed draws without."""
+    prompt, params = subject.prompts(1)[0], SamplingParams(24, ignore_eos=True)
+    limits = (None, 1, 9, 30)
+    requests = [
+        GenerateRequest("p", prompt, (4, 5), max_completion_length=limit) for limit in limits
+    ]
+    whole, *others = subject.engine.generate(requests, params)
+    assert [len(sample.token_ids) for sample in whole] == [24, 24]
+    for limit, samples in zip(limits[1:], others, strict=True):
+        for sample, other in zip(samples, whole, strict=True):
+            assert len(sample.token_ids) == limit and sample.finish_reason == "length"
+            assert sample.token_ids[:24] == other.token_ids[:limit]
+    for limit in (0, MAX_PROMPT + MAX_COMPLETION):
+        wrong = GenerateRequest("p", prompt, (1,), max_completion_length=limit)
+        with pytest.raises(EngineError):
+            subject.engine.generate([wrong], params)
+
+
 def ignore_eos_draws_to_the_limit(subject: Subject) -> None:
     prompts = subject.prompts(24)
     drawn = subject.one_each(prompts, SamplingParams(MAX_COMPLETION, ignore_eos=True))
@@ -453,6 +472,7 @@ SAMPLING_CHECKS: tuple[Callable[[Subject], None], ...] = (
     frequencies_are_the_probabilities,
     completions_end_with_eos_or_at_the_limit,
     eos_on_the_last_allowed_token_is_a_stop,
+    requests_of_one_call_may_have_limits_of_their_own,
     ignore_eos_draws_to_the_limit,
     groups_are_ragged_and_numbered,
     text_is_the_decoded_completion,

@@ -113,14 +113,14 @@ def test_a_prefill_is_bounded():
 
 def test_groups_larger_than_the_batch_are_split_and_longest_prompts_come_first():
     wanted = requests((5, 20, 3))
-    queue = plan(wanted, [[Row(s) for s in r.seeds] for r in wanted], 8)
+    queue = plan(wanted, [[Row(s, 9) for s in r.seeds] for r in wanted], 8)
     assert [(len(a.prompt), len(a.rows)) for a in queue] == [(9, 8), (9, 8), (9, 4), (3, 5), (1, 3)]
     assert [len(a.rows) for a in take(queue, 0, 12, refills=False)] == [8]
     assert take(queue, 4, 12, refills=False) == []
 
 
 def test_survivors_move_as_few_rows_as_finished():
-    rows = [Row(seed, finish_reason="stop" if seed in (1, 2, 6) else "") for seed in range(8)]
+    rows = [Row(seed, 9, finish_reason="stop" if seed in (1, 2, 6) else "") for seed in range(8)]
     index = survivors(rows)
     assert sorted(index) == [0, 3, 4, 5, 7]
     assert sum(i != source for i, source in enumerate(index)) == 2

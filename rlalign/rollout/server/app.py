@@ -164,13 +164,18 @@ class RolloutServer:
         job = self._jobs.renew(request.path_params["job"])
         params, limits = body.params.model_dump(), Limits(**_limits(self._host))
         limits.check_params(SamplingParams(**params))
+        longest = [
+            item.max_completion_length or body.params.max_completion_length
+            for item in body.requests
+        ]
         for i, item in enumerate(body.requests):
-            limits.check_ids(item.ids, body.params.max_completion_length, f"request {i}")
+            limits.check_ids(item.ids, longest[i], f"request {i}")
         wishes, places = [], []
         for i, item in enumerate(body.requests):
+            own = {**params, "max_completion_length": longest[i]}
             for j, seed in enumerate(item.seeds):
-                message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": params}
-                wishes.append((message, len(item.ids) + body.params.max_completion_length))
+                message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": own}
+                wishes.append((message, len(item.ids) + longest[i]))
                 places.append((i, j))
         sequences = dict(zip(self._host.submit(job.id, wishes), places, strict=True))
         return Stream(self._lines(sequences), lambda: self._host.cancel(sequences))

@@ -12,6 +12,7 @@ MAX_TENSORS = 1_000_000  # of one update
 Wrong = Field(fail_fast=True)  # one reason is enough: a list of millions would have as many
 TokenIds = Annotated[list[TokenId], Wrong]
 Size = Annotated[int, Field(ge=0, lt=2**48)]
+Length = Annotated[int, Field(ge=1, lt=2**31)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -67,7 +68,7 @@ class WeightsBody(Body):
 class Params(Body):
     """`SamplingParams` of rlalign.rollout.engine."""
 
-    max_completion_length: Annotated[int, Field(ge=1, lt=2**31)]
+    max_completion_length: Length
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
@@ -78,6 +79,7 @@ class Params(Body):
 class Prompt(Body):
     ids: Annotated[TokenIds, Field(min_length=1)]
     seeds: Annotated[list[Seed], Wrong, Field(min_length=1, max_length=MAX_SEQUENCES)]
+    max_completion_length: Length | None = None  # None: as in Params
 
 
 class DrawBody(Body):
