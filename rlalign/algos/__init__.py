@@ -16,6 +16,7 @@ from rlalign.algos.allocator import (
     pilot_weight,
 )
 from rlalign.algos.base import Algorithm
+from rlalign.algos.branch_grpo import TreeCredit, explained_variance, tree_credit
 from rlalign.algos.errors import AlgoError, AlgoWarning
 from rlalign.algos.kl import estimate_kl, reward_kl
 from rlalign.algos.loss import LossOutput
@@ -40,6 +41,7 @@ from rlalign.algos.shaping import (
     overlong_penalty,
     reward_metrics,
 )
+from rlalign.algos.tree_pruning import edge_weights
 
 __all__ = [
     "AlgoError",
@@ -52,6 +54,7 @@ __all__ = [
     "SamplingExhausted",
     "Selection",
     "Shares",
+    "TreeCredit",
     "accepted",
     "aggregation_weights",
     "allocate",
@@ -59,8 +62,10 @@ __all__ = [
     "compute_advantages",
     "couples_rows",
     "depends_on_split",
+    "edge_weights",
     "estimate_kl",
     "expansion",
+    "explained_variance",
     "finalize_metrics",
     "get",
     "gradient_mask",
@@ -80,4 +85,5 @@ __all__ = [
     "reward_kl",
     "reward_metrics",
     "rollout_weights",
+    "tree_credit",
 ]

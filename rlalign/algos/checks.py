@@ -174,6 +174,42 @@ ERRORS += (
     ),
 )
 
+ERRORS += (
+    Rule(
+        lambda c: c.adv_estimator == "tree" and c.importance_sampling_level != "token",
+        "algo.importance_sampling_level={c.importance_sampling_level} with adv_estimator=tree: a "
+        "leaf holds tokens that others share and train, so a ratio of whole sequences is none of "
+        "its own; use token",
+    ),
+    Rule(
+        lambda c: (
+            c.adv_estimator == "tree"
+            and (c.loss_agg_mode, c.prompt_weighting) != ("token-mean", "sample")
+        ),
+        "algo.loss_agg_mode={c.loss_agg_mode}, prompt_weighting={c.prompt_weighting} do not apply "
+        "with adv_estimator=tree, where algo.tree.weight says how much an edge counts; leave them "
+        "out (loss_agg_mode=token-mean, prompt_weighting=sample)",
+    ),
+    Rule(
+        lambda c: c.adv_estimator == "tree" and bool(c.beta) and c.kl_in == "reward",
+        "algo.kl_in=reward with adv_estimator=tree: the rewards of a tree are those of its leaves, "
+        "and a KL per token is not shared out over it; use kl_in=loss",
+    ),
+    Rule(
+        lambda c: c.adv_estimator == "tree" and c.normalize_advantages,
+        "algo.normalize_advantages=true has no effect with adv_estimator=tree; leave it out, or "
+        "use scale_rewards=batch",
+    ),
+    Rule(
+        lambda c: (
+            c.adv_estimator == "tree"
+            and c.mismatch.rollout_is not in (None, "none", "auto", "token")
+        ),
+        "algo.mismatch.rollout_is={c.mismatch.rollout_is} with adv_estimator=tree: a leaf holds "
+        "tokens that others train, so there are no weights of whole sequences; use token",
+    ),
+)
+
 WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda c: c.loss_type == "copg" and (c.entropy_coef > 0 or c.kl_in != "loss"),
