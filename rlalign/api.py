@@ -31,11 +31,13 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     Raises ConfigError (unknown key, wrong type, out of range, settings that contradict each other)
     or AlgoError (the same within `algo`).
     """
+    from rlalign.rollout.flow import resolve_flow
     from rlalign.trainer.checks import check_config
 
     config = parse_config(source, overrides)
-    shared = config.rollout.engine in ("hf", "none")
+    shared = config.rollout.engine in ("hf", "none", "flow")
     config.algo = algos.resolve(config.algo, engine_shares_parameters=shared)
+    config.rollout.flow = resolve_flow(config.rollout.flow, config.algo.tree.compat)
     check_config(config)
     return config
 
@@ -59,14 +61,22 @@ def train(
     """
     from rlalign.tracking.observers import make_observers
     from rlalign.trainer.build import open_job
+    from rlalign.trainer.flow_job import open_flow_job
+    from rlalign.trainer.flow_loop import run_flow
     from rlalign.trainer.loop import run
 
     def observers(config: Config, run_dir: Any) -> Sequence[Any]:
         return make_observers(config, run_dir, live=config.tracking.live and not quiet)
 
-    with open_job(
-        config, resume=resume, reward_functions=reward_functions, make_observers=observers
-    ) as job:
+    options: dict[str, Any] = {
+        "resume": resume,
+        "reward_functions": reward_functions,
+        "make_observers": observers,
+    }
+    if config.rollout.engine == "flow":
+        with open_flow_job(config, **options) as job:
+            return Result(job.run_dir.path, run_flow(job))
+    with open_job(config, **options) as job:
         return Result(job.run_dir.path, run(job))
 
 

@@ -1,9 +1,11 @@
-"""Sampling seeds keyed by what is sampled, never by the order in which it is drawn.
+"""Seeds keyed by what is sampled, never by the order in which it is drawn.
 
-    seed = blake2b(key = run seed; prompt id, sample index, step) mod 2^63
+    completion   seed = blake2b(key = run seed; index, step, prompt id) mod 2^63
+    noise        key  = blake2b(key = run seed, person "flow-noise"; tree, iteration, time, prompt
+                                id), 128 bits
+    segment      seed = as a completion's, person "segment"; its name in the tree, tree, step, id
 
-or, for a segment of a tree of tokens, the number of the tree and the segment's name there. So a
-sample can be drawn again alone, on another engine or after a resume, and comes out the same.
+So a sample can be drawn again alone, on another engine or after a resume, and comes out the same.
 """
 
 from __future__ import annotations
@@ -16,10 +18,22 @@ def sample_seed(seed: int, prompt_id: str, index: int, step: int) -> int:
 
     Integers may be anything that fits 64 signed bits; OverflowError otherwise.
     """
-    # The prompt id comes last: the other fields have a fixed width, so no two keys read alike.
-    message = _int64(index) + _int64(step) + prompt_id.encode()
-    digest = hashlib.blake2b(message, digest_size=8, key=_int64(seed)).digest()
-    return int.from_bytes(digest, "little") >> 1
+    return int.from_bytes(_digest(8, seed, (index, step), prompt_id), "little") >> 1
+
+
+def noise_key(seed: int, prompt_id: str, tree: int, iteration: int, time: int) -> int:
+    """The key, in [0, 2^128), of all noise that tree `tree` of prompt `prompt_id` needs at
+    denoising step `time` of training iteration `iteration`. OverflowError as for `sample_seed`."""
+    digest = _digest(16, seed, (tree, iteration, time), prompt_id, person=b"flow-noise")
+    return int.from_bytes(digest, "little")
+
+
+def _digest(
+    size: int, seed: int, fields: tuple[int, ...], prompt_id: str, person: bytes = b""
+) -> bytes:
+    # The prompt id comes last: what is before it has a known width, so no two keys read alike.
+    message = b"".join(map(_int64, fields)) + prompt_id.encode()
+    return hashlib.blake2b(message, digest_size=size, key=_int64(seed), person=person).digest()
 
 
 def segment_seed(seed: int, prompt_id: str, tree: int, name: tuple[int, ...], step: int) -> int:
@@ -30,10 +44,8 @@ def segment_seed(seed: int, prompt_id: str, tree: int, name: tuple[int, ...], st
     """
     if name == (0,):
         return sample_seed(seed, prompt_id, tree, step)
-    numbers = (len(name), *name, tree, step)
-    message = b"".join(map(_int64, numbers)) + prompt_id.encode()
-    hashed = hashlib.blake2b(message, digest_size=8, key=_int64(seed), person=b"segment")
-    return int.from_bytes(hashed.digest(), "little") >> 1
+    fields = (len(name), *name, tree, step)
+    return int.from_bytes(_digest(8, seed, fields, prompt_id, person=b"segment"), "little") >> 1
 
 
 def _int64(value: int) -> bytes:

@@ -56,7 +56,7 @@ class PlainView:
 
 
 def step_line(figures: Mapping[str, float], max_steps: int) -> str:
-    """`step 12/80  reward 0.531  entropy 0.31  length 22.4  5100 tok/s  2.1 s (...)`"""
+    """`step 12/80  reward 0.531  entropy 0.31  length 22.4  5100 tokens/s  2.1 s (...)`"""
     total = max(figures["time/total_s"], 1e-9)
     shares = ((stage, figures[f"time/{stage}_s"] / total) for stage in stages_of(figures))
     split = ", ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares if share > 0.02)
@@ -64,12 +64,19 @@ def step_line(figures: Mapping[str, float], max_steps: int) -> str:
     held_out = "".join(
         f"  {name} {value:.3f}" for name, value in figures.items() if name.endswith("pass@1")
     )
+    length = ""
+    if "completions/mean_length" in figures:
+        length = f"length {figures['completions/mean_length']:.1f}  "
     rate = figures.get("perf/rollout_tokens_per_s", figures["perf/train_tokens_per_s"])
     return (
         f"step {int(figures['step'])}/{max_steps}  reward {figures['reward']:.3f}{entropy}  "
-        f"length {figures['completions/mean_length']:.1f}  "
-        f"{rate:.0f} tok/s  {total:.2f} s ({split}){held_out}"
+        f"{length}{rate:.0f} {unit(figures)}/s  {total:.2f} s ({split}){held_out}"
     )
+
+
+def unit(figures: Mapping[str, float]) -> str:
+    """What goes through the model: tokens, or states of a flow model."""
+    return "tokens" if "completions/mean_length" in figures else "states"
 
 
 class LiveView:
@@ -120,14 +127,17 @@ class LiveView:
         table.add_row("reward", f"{figures['reward']:.3f}", sparkline(self._rewards))
         if "entropy" in figures:
             table.add_row("entropy", f"{figures['entropy']:.3f}", "nats a token")
-        table.add_row(
-            "length",
-            f"{figures['completions/mean_length']:.1f}",
-            f"tokens, {100 * figures['completions/clipped_ratio']:.0f}% cut off",
-        )
+        if "completions/mean_length" in figures:
+            table.add_row(
+                "length",
+                f"{figures['completions/mean_length']:.1f}",
+                f"tokens, {100 * figures['completions/clipped_ratio']:.0f}% cut off",
+            )
         if "perf/rollout_tokens_per_s" in figures:
-            table.add_row("rollout", f"{figures['perf/rollout_tokens_per_s']:.0f}", "tokens/s")
-        table.add_row("training", f"{figures['perf/train_tokens_per_s']:.0f}", "tokens/s")
+            table.add_row(
+                "rollout", f"{figures['perf/rollout_tokens_per_s']:.0f}", f"{unit(figures)}/s"
+            )
+        table.add_row("training", f"{figures['perf/train_tokens_per_s']:.0f}", f"{unit(figures)}/s")
         total = max(figures["time/total_s"], 1e-9)
         shares = ((s, figures[f"time/{s}_s"] / total) for s in stages_of(figures))
         split = "  ".join(f"{stage} {100 * share:.0f}%" for stage, share in shares if share > 0.005)

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.utils.logging import disable_progress_bar
 
 from rlalign import algos
-from rlalign.config import Config, ConfigError, to_yaml
+from rlalign.config import Config, ConfigError
 from rlalign.models.load import load_tokenizer, resolve_model_path
 from rlalign.models.lora import adapter_config
 from rlalign.rewards import Scorer, build_scorer
@@ -21,29 +18,17 @@ from rlalign.rewards import check as check_rewards
 from rlalign.rollout.engine import RolloutEngine
 from rlalign.rollout.no_engine import NoEngine
 from rlalign.tasks import PromptSet, ScoredSet, load_prompts, load_scored
-from rlalign.tracking.observers import Observer
-from rlalign.tracking.rundir import (
-    RunDir,
-    RunDirError,
-    changed_settings,
-    free_run_dir,
-    make_manifest,
-    run_to_resume,
-)
-from rlalign.trainer import checkpoint
-from rlalign.trainer.checks import check_config, check_context, check_machine, check_scored
-from rlalign.trainer.distributed import World, joined_world
+from rlalign.tracking.rundir import RunDir
+from rlalign.trainer.checks import check_context, check_scored
+from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TorchEngine, TrainEngine
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
-from rlalign.trainer.host_memory import keep_freed_memory
 from rlalign.trainer.job import Job
+from rlalign.trainer.opening import Observers, entered, open_run
 from rlalign.trainer.policy import Policy
 from rlalign.trainer.reference_cache import reference_logps
 
 RewardFunctions = Mapping[str, Callable[..., Any]]
-Observers = Callable[[Config, RunDir], Sequence[Observer]]
-
-log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -60,34 +45,12 @@ def open_job(
     last. With `resume` the newest complete checkpoint of the run is loaded (see
     `rundir.run_to_resume`). `reward_functions` are callables that `rewards.functions` names.
     """
-    with ExitStack() as stack:
-        world = stack.enter_context(_entered(config))
-        run_dir, start = _choose_run_dir(config, resume, world)
-        job = _assemble(config, world, run_dir, reward_functions or {}, stack)
-        if resume:
-            _check_same_run(job)
-        if start is not None:
-            job.load_checkpoint(start)
-        with world.agreed("opening the run directory"):
-            if world.is_main:
-                _open_run_dir(job, resume)
-                job.observers = make_observers(config, run_dir)
-                for observer in job.observers:
-                    stack.callback(observer.close)
+
+    def assemble(world: World, run_dir: RunDir, stack: ExitStack) -> Job:
+        return _assemble(config, world, run_dir, reward_functions or {}, stack)
+
+    with open_run(config, assemble, resume=resume, make_observers=make_observers) as job:
         yield job
-
-
-@contextmanager
-def _entered(config: Config) -> Iterator[World]:
-    """The checked beginning of every job: threads, memory, processes; no others' progress bars."""
-    check_config(config)
-    check_machine(config)
-    disable_progress_bar()
-    if config.trainer.num_threads:
-        torch.set_num_threads(config.trainer.num_threads)
-    keep_freed_memory()
-    with joined_world(config.trainer.device, config.trainer.exchange_timeout_s) as world:
-        yield world
 
 
 def _assemble(
@@ -111,8 +74,20 @@ def _assemble(
         reference = reference_logps(scored, policy, engine, config, world)
     rollout = build_rollout_engine(policy, tokenizer, config, world)
     stack.callback(rollout.close)
-    parts = config, world, tokenizer, train, held_out, scorer, policy, engine, rollout, run_dir
-    return Job(*parts, scored=scored, reference=reference)
+    return Job(
+        config=config,
+        world=world,
+        engine=engine,
+        run_dir=run_dir,
+        train_prompts=train,
+        eval_prompts=held_out,
+        tokenizer=tokenizer,
+        scorer=scorer,
+        policy=policy,
+        rollout=rollout,
+        scored=scored,
+        reference=reference,
+    )
 
 
 def _load_scored(prompts: PromptSet, tokenizer, config: Config) -> ScoredSet | None:
@@ -136,7 +111,7 @@ def open_evaluation(
     if not config.task.eval:
         raise ConfigError("task.eval is not set: name the held-out data, e.g. task.eval=test.jsonl")
     with ExitStack() as stack:
-        world = stack.enter_context(_entered(config))
+        world = stack.enter_context(entered(config))
         tokenizer = load_tokenizer(config.model, config.seed)
         prompts = load_prompts(config.task, tokenizer, split="eval")
         scorer = _open_scorer(config, [prompts], reward_functions or {}, stack)
@@ -235,43 +210,3 @@ def _join_server(policy: Policy, tokenizer, config: Config, world: World) -> Rol
     shared = json.loads(world.broadcast_bytes(lease, "the lease"))
     with world.agreed("sharing the lease"):
         return client or RolloutClient(*parts, lease=shared)
-
-
-def _choose_run_dir(config: Config, resume: bool, world: World) -> tuple[RunDir, Path | None]:
-    """The run directory and, with `resume`, the checkpoint to start from."""
-    runs_dir = Path(config.tracking.runs_dir)
-    if not resume:
-        name = free_run_dir(runs_dir, config.name).path.name if world.is_main else ""
-        # The main process decides: by the time the others look, its folder may be there.
-        return RunDir(runs_dir / world.broadcast_bytes(name.encode(), "run name").decode()), None
-    run_dir = run_to_resume(runs_dir, config.name)
-    return run_dir, checkpoint.latest(run_dir.checkpoints)
-
-
-def _check_same_run(job: Job) -> None:
-    """Raise RunDirError unless seed and training data are those that the run began with: otherwise
-    the prompts already taken would not be those that the checkpoint counts."""
-    manifest = job.run_dir.read_manifest()
-    ours = {"seed": job.config.seed, "training data": job.train_prompts.digest}
-    theirs = {"seed": manifest["seed"], "training data": manifest["data_digests"]["train"]}
-    for what, value in ours.items():
-        if value != theirs[what]:
-            raise RunDirError(
-                f"--resume: {job.run_dir.path} began with {what} {theirs[what]}, now it is {value}."
-                " Restore it, or start a new run: model.path can be one of its checkpoints"
-            )
-
-
-def _open_run_dir(job: Job, resume: bool) -> None:
-    """Create the folder, or drop what an interrupted run recorded after its last checkpoint."""
-    settings = to_yaml(job.config)
-    if resume:
-        for change in changed_settings(job.run_dir.config.read_text(), settings):
-            log.warning("resuming %s with another %s", job.run_dir.path, change)
-        done = job.progress.step >= job.config.trainer.max_steps
-        job.run_dir.reopen(job.progress.step, settings, keep_result=done)
-        return
-    prompts = {"train": job.train_prompts, "eval": job.eval_prompts}
-    digests = {split: found.digest for split, found in prompts.items() if found is not None}
-    manifest = make_manifest(job.config.seed, digests, job.world.size)
-    job.run_dir.create(settings, manifest)

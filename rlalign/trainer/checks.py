@@ -10,10 +10,14 @@ from rlalign.config import Config, ConfigError
 from rlalign.rewards.scorer import accuracy_index
 from rlalign.tasks import ScoredSet
 from rlalign.tasks.scored import check_transform
+from rlalign.trainer.flow_checks import check_flow
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
+    if config.rollout.engine == "flow":
+        check_flow(config)
+        return
     _check_completions(config)
     _check_sources(config)
     _check_rewards(config)
@@ -101,43 +105,36 @@ def _check_trees(config: Config) -> None:
             f"{algo.adv_estimator} compares flat samples: use an algorithm for trees, e.g. "
             "algo.loss_type=branch_grpo, or rollout.tree.num_trees=0"
         )
-    if not of_tokens and algo.adv_estimator == "tree" and rollout.engine != "flow":
+    if not of_tokens and algo.adv_estimator == "tree":
         raise ConfigError(
             f"algo.adv_estimator=tree (loss_type={algo.loss_type}) gives credit in trees, and "
-            "rollout.tree.num_trees = 0 grows none: set it, e.g. to 2, with rollout.engine=hf, "
-            "vllm or server"
+            "rollout.tree.num_trees = 0 grows none: set it, e.g. to 2; trees of a flow model come "
+            "with rollout.engine=flow"
         )
     if not of_tokens:
         return
     refused = {
-        f"rollout.engine={rollout.engine}": rollout.engine in ("none", "flow"),
+        f"rollout.engine={rollout.engine}": rollout.engine == "none",
         f"task.completions={config.task.completions}": config.task.completions != "rollout",
         f"rollout.max_lag = {rollout.max_lag}": rollout.max_lag > 0,
-        f"algo.allocation.allocator={algo.allocation.allocator}": (
-            algo.allocation.allocator not in (None, "uniform")
-        ),
     }
     if wrong := [setting for setting, holds in refused.items() if holds]:
         raise ConfigError(
             f"{wrong[0]} does not go with trees of tokens (rollout.tree.num_trees = "
-            f"{tree.num_trees}), which are drawn from the policy of the step, as many for each "
-            "prompt: use rollout.engine=hf, vllm or server, task.completions=rollout, "
-            "rollout.max_lag=0 and allocator=uniform"
+            f"{tree.num_trees}), which are drawn from the policy of the step: use "
+            "rollout.engine=hf, vllm or server, task.completions=rollout and rollout.max_lag=0"
         )
     if not tree.branch_factor or min(tree.branch_factor) < 1:
         raise ConfigError(
             f"rollout.tree.branch_factor = {tree.branch_factor}: numbers of children, at least 1, "
             "e.g. [2]"
         )
-    if _is_chain(config) and not (
-        algo.tree.advantage == "leaves"
-        or (algo.tree.advantage, algo.tree.scope) == ("depth", "prompt")
-    ):
+    compares_trees = algo.tree.scope == "prompt" or algo.tree.advantage == "leaves"
+    if _is_chain(config) and not compares_trees:
         raise ConfigError(
-            f"rollout.tree: these trees never branch, and algo.tree.advantage="
-            f"{algo.tree.advantage}, scope={algo.tree.scope} compares branches of a tree: raise "
-            "branch_factor or max_leaves (num_rounds under surprisal), or compare trees with "
-            "algo.tree.advantage=depth algo.tree.scope=prompt"
+            "rollout.tree: these trees never branch, and algo.tree.scope=tree compares the "
+            "branches of a tree: raise branch_factor or max_leaves (num_rounds under surprisal), "
+            "or compare the trees of a prompt with algo.tree.scope=prompt"
         )
 
 

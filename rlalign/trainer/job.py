@@ -43,57 +43,23 @@ class Progress:
     eval_after: dict[str, float] = field(default_factory=dict)
 
 
-@dataclass
-class Job:
-    """One run's parts. `progress` is the only one that changes."""
+@dataclass(kw_only=True)
+class Run:
+    """What every run has, whatever its policy: it is told what to train, and remembers how far it
+    is. `progress` and `observers` are all that changes."""
 
     config: Config
     world: World
-    tokenizer: Any
+    engine: TrainEngine
+    run_dir: RunDir
     train_prompts: PromptSet
     eval_prompts: PromptSet | None
-    scorer: Scorer
-    policy: Policy
-    engine: TrainEngine
-    rollout: RolloutEngine
-    run_dir: RunDir
-    scored: ScoredSet | None = None  # completions of the training data, where those are used
-    reference: ReferenceLogps | None = None  # of all of them, where that is all that is needed
     observers: Sequence[Observer] = ()
     progress: Progress = field(default_factory=Progress)
 
     @property
     def config_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self.config)
-
-    @property
-    def samples_policy(self) -> bool:
-        """Whether the policy is sampled to train on, and not only to be evaluated."""
-        return self.config.task.completions != "dataset"
-
-    @property
-    def check_sequence(self) -> tuple[int, ...]:
-        """Tokens on which engine and trainer are compared after every weight update."""
-        ids = self.train_prompts[0].token_ids
-        return (*ids, ids[0])[:64]  # at least two, and no longer than a prompt with a completion
-
-    @contextmanager
-    def sampling(self) -> Iterator[None]:
-        """The rollout engine is awake and may read its weights, whoever owns them; asleep after."""
-        shared = self.rollout.capabilities.shares_parameters
-        with self.engine.full_parameters() if shared else nullcontext():
-            self.rollout.wake()
-            yield
-            self.rollout.sleep()
-
-    def rollout_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """What the rollout engine is sent: its own parameters back, the adapter, or the merged HF
-        weights."""
-        if self.rollout.capabilities.shares_parameters:
-            return self.policy.model.named_parameters()
-        if self.rollout.capabilities.adapter_only:
-            return adapter_weights(self.policy.model)
-        return self.policy.named_rollout_weights()
 
     def stage(self, text: str) -> None:
         if self.world.is_main:
@@ -126,7 +92,7 @@ class Job:
                 self.progress.step,
                 engine=self.engine,
                 state=dataclasses.asdict(self.progress),
-                save_model=self._save_model,
+                save_model=self.save_model,
                 keep=self.config.trainer.keep_checkpoints,
             )
 
@@ -141,6 +107,51 @@ class Job:
                 observer.finish(result)
         return result
 
-    def _save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path) -> None:
+        """Write what a checkpoint holds for others than the trainer."""
+        raise NotImplementedError
+
+
+@dataclass(kw_only=True)
+class Job(Run):
+    """One run of a language model."""
+
+    tokenizer: Any
+    scorer: Scorer
+    policy: Policy
+    rollout: RolloutEngine
+    scored: ScoredSet | None = None  # completions of the training data, where those are used
+    reference: ReferenceLogps | None = None  # of all of them, where that is all that is needed
+
+    @property
+    def samples_policy(self) -> bool:
+        """Whether the policy is sampled to train on, and not only to be evaluated."""
+        return self.config.task.completions != "dataset"
+
+    @property
+    def check_sequence(self) -> tuple[int, ...]:
+        """Tokens on which engine and trainer are compared after every weight update."""
+        ids = self.train_prompts[0].token_ids
+        return (*ids, ids[0])[:64]  # at least two, and no longer than a prompt with a completion
+
+    @contextmanager
+    def sampling(self) -> Iterator[None]:
+        """The rollout engine is awake and may read its weights, whoever owns them; asleep after."""
+        shared = self.rollout.capabilities.shares_parameters
+        with self.engine.full_parameters() if shared else nullcontext():
+            self.rollout.wake()
+            yield
+            self.rollout.sleep()
+
+    def rollout_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """What the rollout engine is sent: its own parameters back, the adapter, or the merged HF
+        weights."""
+        if self.rollout.capabilities.shares_parameters:
+            return self.policy.model.named_parameters()
+        if self.rollout.capabilities.adapter_only:
+            return adapter_weights(self.policy.model)
+        return self.policy.named_rollout_weights()
+
+    def save_model(self, folder: Path) -> None:
         self.policy.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)

@@ -46,13 +46,13 @@ def token_trees_record(
 
 
 def tree_metrics(tree: Tree, credit: algos.TreeCredit) -> dict[str, float]:
-    """Leaves and nodes of a prompt, and which depths decide its rewards."""
-    groups = len(tree.group_N.unique())
+    """Leaves and nodes of all trees, and which depths decide the rewards."""
     leaf_N = torch.ones(len(tree), dtype=torch.bool)
     leaf_N[tree.parent_N[tree.parent_N >= 0]] = False
     metrics = {
-        "tree/leaves": int(leaf_N.sum()) / groups,
-        "tree/nodes": int((tree.parent_N >= 0).sum()) / groups,
+        "tree/leaves": float(leaf_N.sum()),
+        "tree/nodes": float(len(tree)),
+        "tree/kept_edges": float(credit.keep_N.sum()),
     }
     shares = algos.explained_variance(tree, credit.value_N)
     metrics |= {f"tree/explained_variance/{depth}": shares[depth] for depth in shares if depth}

@@ -73,9 +73,15 @@ def forest(groups: Sequence[Group], reward_B: torch.Tensor) -> Tree:
 def credit(batch: TrainBatch, config: Config, step: int) -> algos.TreeCredit:
     """Values, advantages and what trains in `step` (from 0), of the trees of a whole batch."""
     assert batch.tree is not None
-    max_steps = config.trainer.max_steps
     actions_N = _actions(batch)
-    return algos.tree_credit(batch.tree, config.algo, actions_N, step=step, max_steps=max_steps)
+    return algos.tree_credit(
+        batch.tree,
+        config.algo,
+        actions_N,
+        step=step,
+        max_steps=config.trainer.max_steps,
+        trains_N=actions_N > 0,
+    )
 
 
 def with_credit(batch: TrainBatch, config: Config, step: int) -> TrainBatch:

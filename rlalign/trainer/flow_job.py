@@ -1,0 +1,162 @@
+"""Building a run of a flow model, and its rollouts: prompts to scored trees.
+
+Every process grows the trees of its share of the prompts; structure, rewards and log-probs of all
+trees are then on every process, the states (which are large) stay where they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from rlalign.algos.tree_shape import full_tree
+from rlalign.config import Config
+from rlalign.models.flow import take_rows
+from rlalign.rewards.images import ImageScorer, build_image_scorer
+from rlalign.rollout.flow import FlowTrees, grow, make_plan
+from rlalign.rollout.flow_noise import TreeKey
+from rlalign.tasks import load_image_prompts
+from rlalign.tracking.rundir import RunDir
+from rlalign.trainer.build import RewardFunctions, build_train_engine
+from rlalign.trainer.distributed import World
+from rlalign.trainer.flow_policy import FlowPolicy
+from rlalign.trainer.flow_update import FlowBatch
+from rlalign.trainer.job import Run
+from rlalign.trainer.opening import Observers, open_run
+from rlalign.types import Prompt, Scores
+
+NUM_PREVIEWS = 2  # trees of a step whose pictures the report shows
+
+
+@dataclass(kw_only=True)
+class FlowJob(Run):
+    """One run of a flow model."""
+
+    policy: FlowPolicy
+    scorer: ImageScorer
+
+    def save_model(self, folder: Path) -> None:
+        self.policy.save_pretrained(folder)
+
+
+@dataclass(frozen=True, slots=True)
+class FlowRollout:
+    """The trees of one step, scored. `scores` are of this process's leaves, in their order."""
+
+    batch: FlowBatch
+    prompts: list[Prompt]  # of the step, all processes
+    scores: Scores
+    rollout_s: float
+    reward_s: float
+
+
+@contextmanager
+def open_flow_job(
+    config: Config,
+    *,
+    resume: bool = False,
+    reward_functions: RewardFunctions | None = None,
+    make_observers: Observers = lambda config, run_dir: (),
+) -> Iterator[FlowJob]:
+    """As `build.open_job`, for `rollout.engine=flow`."""
+
+    def assemble(world: World, run_dir: RunDir, stack: ExitStack) -> FlowJob:
+        with world.agreed("loading data and model"):
+            train = load_image_prompts(config.task, split="train", seed=config.seed)
+            held_out = load_image_prompts(config.task, split="eval") if config.task.eval else None
+            scorer = build_image_scorer(config.rewards, functions=reward_functions)
+            stack.callback(scorer.close)
+            policy = FlowPolicy.from_config(config, device=world.device)
+        make_plan(config.rollout.flow, 0, policy.time_grid(config.rollout.flow))
+        engine = build_train_engine(policy, config, world)
+        stack.callback(engine.close)
+        return FlowJob(
+            config=config,
+            world=world,
+            engine=engine,
+            run_dir=run_dir,
+            train_prompts=train,
+            eval_prompts=held_out,
+            policy=policy,
+            scorer=scorer,
+        )
+
+    with open_run(config, assemble, resume=resume, make_observers=make_observers) as job:
+        yield job
+
+
+def roll_out(job: FlowJob, step: int) -> FlowRollout:
+    """Grow and score the trees of the next prompts."""
+    config, world, flow = job.config, job.world, job.config.rollout.flow
+    prompts = job.train_prompts.take(job.progress.cursor, config.trainer.prompts_per_step)
+    plan = make_plan(flow, step, job.policy.time_grid(flow)).to(world.device)
+    keys, group_R = tree_keys(prompts, flow.roots_per_prompt)
+    mine_r = (group_R % world.size == world.rank).nonzero()[:, 0]
+    began = perf_counter()
+    # Whole parameters: processes need not call the network equally often here.
+    with job.engine.full_parameters(), world.agreed("rollout"), torch.no_grad():
+        used = [prompts[int(g)] for g in group_R[mine_r]]
+        cond = job.policy.condition(used)
+
+        def velocity(z_MX: Tensor, sigma_M: Tensor, tree_M: Tensor) -> Tensor:
+            return job.policy(z_MX, sigma_M, take_rows(cond, tree_M))
+
+        local = grow(
+            plan,
+            velocity,
+            [keys[int(r)] for r in mine_r],
+            group_R[mine_r],
+            job.policy.latent_shape,
+            flow,
+            seed=config.seed,
+            iteration=step,
+            num_previews=NUM_PREVIEWS if world.is_main else 0,
+        )
+        middle = perf_counter()
+        per_tree = plan.shape.num_leaves
+        leaf_prompts = [prompt for prompt in used for _ in range(per_tree)]
+        scores = job.scorer.score(leaf_prompts, job.policy.decode(local.final_LX))
+    end = perf_counter()
+    batch = _shared(local, group_R, mine_r, scores, plan, cond, world)
+    return FlowRollout(batch, prompts, scores, middle - began, end - middle)
+
+
+def tree_keys(prompts: Sequence[Prompt], roots: int) -> tuple[list[TreeKey], Tensor]:
+    """The noise key and the prompt occurrence of each tree; a prompt that comes twice in a step
+    goes on counting its trees."""
+    seen: dict[str, int] = {}
+    keys = []
+    for prompt in prompts:
+        first = seen.get(prompt.id, 0)
+        seen[prompt.id] = first + roots
+        keys += [(prompt.id, first + r) for r in range(roots)]
+    return keys, torch.arange(len(prompts)).repeat_interleave(roots)
+
+
+def _shared(
+    local: FlowTrees, group_R: Tensor, mine_r: Tensor, scores: Scores, plan, cond, world: World
+) -> FlowBatch:
+    """The trees of all processes with their rewards and log-probs."""
+    shape = plan.shape
+    tree = full_tree(group_R, shape, ode_steps=plan.ode_steps)
+    own = [
+        level.start + (mine_r[:, None] * width + torch.arange(width)).flatten()
+        for level, width in zip(shape.levels(len(group_R)), shape.widths, strict=True)
+    ]
+    own_N = torch.cat(own)
+    found_2N = torch.zeros(2, len(tree))
+    found_2N[0, own[-1]] = scores.reward_B
+    found_2N[1, own_N] = local.tree.logp_N
+    found_2N = world.all_reduce_sum(found_2N, "rewards of the trees")
+    leaves = shape.levels(len(group_R))[-1]
+    reward_N = torch.full((len(tree),), torch.nan)
+    reward_N[leaves] = found_2N[0, leaves]
+    actions_N = torch.where(tree.num_actions_N > 0, int(local.tree.num_actions_N.max()), 0)
+    tree = tree.replace(reward_N=reward_N, logp_N=found_2N[1], num_actions_N=actions_N)
+    return FlowBatch(plan, tree, local, own_N, tree.group_N % world.size, cond)

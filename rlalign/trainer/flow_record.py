@@ -1,0 +1,72 @@
+"""What one step of a flow run leaves behind: figures, and a row for each leaf. Names:
+docs/metrics.md."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from rlalign import algos
+from rlalign.algos.branch_grpo import TreeCredit
+from rlalign.config import AlgoConfig
+
+if TYPE_CHECKING:
+    from rlalign.trainer.flow_job import FlowRollout
+
+
+def tree_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> dict[str, float]:
+    """Reward figures of the leaves of all trees, and what the trees say about their splits."""
+    batch, scores = rollout.batch, rollout.scores
+    tree, shape = batch.tree, batch.plan.shape
+    leaves = shape.levels(len(tree.tree_N.unique()))[-1]
+    metrics = algos.finalize_metrics(
+        algos.reward_metrics(tree.reward_N[leaves], tree.group_N[leaves], algo)
+    )
+    metrics = {"reward": float("nan")} | metrics
+    for name, value_B in scores.by_function.items():
+        known = value_B[torch.isfinite(value_B)]
+        if len(known):
+            metrics[f"rewards/{name}/mean"] = float(known.mean())
+    for kind, count in scores.errors.items():
+        metrics[f"rewards/errors/{kind}"] = float(count)
+    metrics |= {
+        "tree/leaves": float(leaves.stop - leaves.start),
+        "tree/nodes": float(len(tree)),
+        "tree/kept_edges": float(credit.keep_N.sum()),
+    }
+    for depth, share in algos.explained_variance(tree, credit.value_N).items():
+        if depth and shape.factors[depth - 1] > 1:
+            metrics[f"tree/explained_variance/{depth}"] = share
+    return metrics
+
+
+def leaf_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[str, Any]]:
+    """One row for each leaf of this process, as the rollouts file has them."""
+    batch, scores = rollout.batch, rollout.scores
+    shape = batch.plan.shape
+    num_trees = len(batch.local.tree.tree_N.unique())
+    leaf_L = torch.arange(len(batch.local.tree))[shape.levels(num_trees)[-1]]
+    rows = []
+    for i, node in enumerate(batch.own_N[leaf_L].tolist()):
+        prompt = rollout.prompts[int(batch.tree.group_N[node])]
+        rows.append(
+            {
+                "step": step,
+                "prompt_id": prompt.id,
+                "index": i % shape.num_leaves,
+                "tree": int(batch.tree.tree_N[node]),
+                "prompt": prompt.source,
+                "answer": prompt.answer,
+                "completion": "",
+                "reward": _number(scores.reward_B[i]),
+                "acc": _number(scores.acc_B[i]),
+                "rewards": {n: _number(v_B[i]) for n, v_B in scores.by_function.items()},
+                "advantage": float(credit.advantage_N[node]),
+            }
+        )
+    return rows
+
+
+def _number(value: torch.Tensor) -> float | None:
+    return float(value) if torch.isfinite(value) else None
