@@ -32,8 +32,6 @@ from rlalign.trainer.job import Run
 from rlalign.trainer.opening import Observers, open_run
 from rlalign.types import Prompt, Scores
 
-NUM_PREVIEWS = 2  # trees of a step whose pictures the report shows
-
 
 class Utf8:
     """Stands in for a tokenizer: prompts of a flow model are read by its own text encoders."""
@@ -60,6 +58,7 @@ class FlowRollout:
     batch: FlowBatch
     prompts: list[Prompt]  # of the step, all processes
     scores: Scores
+    pictures: dict[int, Tensor]  # node of the first trees: image [C, H, W]
     rollout_s: float
     reward_s: float
 
@@ -130,7 +129,7 @@ def roll_out(job: FlowJob, step: int) -> FlowRollout:
             flow,
             seed=config.seed,
             iteration=step,
-            num_previews=NUM_PREVIEWS if world.is_main else 0,
+            num_previews=min(flow.pictures, len(mine_r)) if world.is_main else 0,
         )
         middle = perf_counter()
         per_tree = plan.shape.num_leaves
@@ -139,9 +138,11 @@ def roll_out(job: FlowJob, step: int) -> FlowRollout:
         scores = job.scorer.score_images(
             leaf_prompts, images_LCHW, group_R[mine_r].repeat_interleave(per_tree)
         )
+        pictures = _pictures(job, local, images_LCHW)
     end = perf_counter()
     batch = _shared(local, group_R, mine_r, scores, plan, cond, world)
-    return FlowRollout(batch, prompts, scores, middle - began, end - middle)
+    pictures = {int(batch.own_N[node]): image for node, image in pictures.items()}
+    return FlowRollout(batch, prompts, scores, pictures, middle - began, end - middle)
 
 
 def tree_keys(prompts: Sequence[Prompt], roots: int) -> tuple[list[TreeKey], Tensor]:
@@ -154,6 +155,22 @@ def tree_keys(prompts: Sequence[Prompt], roots: int) -> tuple[list[TreeKey], Ten
         seen[prompt.id] = first + roots
         keys += [(prompt.id, first + r) for r in range(roots)]
     return keys, torch.arange(len(prompts)).repeat_interleave(roots)
+
+
+def _pictures(job: FlowJob, local: FlowTrees, images_LCHW: Tensor) -> dict[int, Tensor]:
+    """Of the first trees, by local node: the leaves, and what the network saw coming at the root
+    and at each split's children (decoding every node of a large model would take too long)."""
+    shape = make_plan(job.config.rollout.flow, 0).shape
+    levels = shape.levels(len(local.tree.tree_N.unique()))
+    found = {}
+    for depth, preview_MX in enumerate(local.preview_DMX):
+        if len(preview_MX) and (depth == 0 or shape.factors[depth - 1] > 1):
+            images = job.policy.decode(preview_MX.to(job.world.device)).cpu()
+            found |= {levels[depth].start + i: image for i, image in enumerate(images)}
+    shown = len(local.preview_DMX[0]) * shape.num_leaves
+    return found | {
+        levels[-1].start + i: image.cpu() for i, image in enumerate(images_LCHW[:shown])
+    }
 
 
 def _shared(

@@ -134,8 +134,7 @@ SPLITS = [[[0, 1, 2], [3, 4, 5, 6, 7]], [[7], [3, 5], [0, 6, 1], [2, 4]], [[i] f
 ROW_BY_ROW = [
     name
     for name in algos.names()
-    if not algos.get(name).couples_rows
-    and algos.get(name).defaults.get("adv_estimator") != "tree"
+    if not algos.get(name).couples_rows and algos.get(name).defaults.get("adv_estimator") != "tree"
 ]
 
 
