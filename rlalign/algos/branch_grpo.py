@@ -23,12 +23,15 @@ from torch import Tensor
 
 from rlalign.algos import tree as trees
 from rlalign.algos.base import Algorithm
+from rlalign.algos.segments import group_stats
 from rlalign.algos.tree_advantage import tree_advantages
 from rlalign.algos.tree_pruning import edge_weights, select_edges
 from rlalign.types import Tree
 
 if TYPE_CHECKING:
     from rlalign.config.schema import AlgoConfig
+
+TIE_TOL = 1e-8  # relative spread below which rewards count as equal
 
 
 class TreeCredit(NamedTuple):
@@ -67,29 +70,24 @@ def tree_credit(
 
 
 def explained_variance(tree: Tree, value_N: Tensor) -> dict[int, float]:
-    """For each depth, the share of the leaf rewards' variance that lies between its nodes.
+    """For each depth, the share of the leaf rewards' variance within groups that lies between its
+    nodes (and the leaves above it, which ended early): never less than at the depth before, 1 at
+    the last; 0 everywhere where all rewards of a group are equal.
 
     It says which split matters: a depth whose share grows over the one before decides outcomes.
     """
     leaf_N = trees.is_leaf(tree) & value_N.isfinite()
-    centred_N = value_N - _group_mean(tree, value_N, leaf_N)
-    total = float((centred_N[leaf_N] ** 2).mean()) if bool(leaf_N.any()) else 0.0
+    stats = group_stats(value_N, tree.group_N, leaf_N, TIE_TOL)
+    centred_N = torch.where(leaf_N & ~stats.tied_B, value_N - stats.mean_B, 0.0)
+    total = float((centred_N**2).sum())
     count_N = trees.sum_over_leaves(tree, leaf_N.double())
-    mean_N = trees.sum_over_leaves(tree, torch.where(leaf_N, centred_N, 0.0)) / count_N.clamp(min=1)
-    shares = {}
+    mean_N = trees.sum_over_leaves(tree, centred_N) / count_N.clamp(min=1)
+    shares, ended = {}, 0.0
     for depth, at in enumerate(trees.levels(tree)):
-        between = float((count_N[at] * mean_N[at] ** 2).sum() / count_N[at].sum().clamp(min=1))
+        between = ended + float((count_N[at] * mean_N[at] ** 2).sum())
         shares[depth] = between / total if total > 0 else 0.0
+        ended += float((centred_N[at] ** 2).sum())
     return shares
-
-
-def _group_mean(tree: Tree, value_N: Tensor, leaf_N: Tensor) -> Tensor:
-    size = int(tree.group_N.max()) + 1
-    total_G = torch.zeros(size, dtype=value_N.dtype)
-    count_G = torch.zeros(size, dtype=value_N.dtype)
-    total_G.index_add_(0, tree.group_N[leaf_N], value_N[leaf_N])
-    count_G.index_add_(0, tree.group_N[leaf_N], torch.ones_like(value_N[leaf_N]))
-    return (total_G / count_G.clamp(min=1))[tree.group_N]
 
 
 SHARED = {"adv_estimator": "tree", "loss_agg_mode": "token-mean"}

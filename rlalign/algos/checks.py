@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from rlalign.config.schema import AlgoConfig
 
 GROUP_BASELINES = ("grpo", "rloo", "reinforce_plus_plus_baseline")
+TREE_SCALES = {  # what divides a tree's advantage, where not everything can
+    "parent": ("group", "none"),
+    "root_parent": ("none",),
+    "ancestors": ("batch", "none"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +31,79 @@ class Rule:
 
 
 ERRORS: tuple[Rule, ...] = (
+    Rule(
+        lambda c: _grows_trees(c) and c.importance_sampling_level != "token",
+        "algo.importance_sampling_level={c.importance_sampling_level} with adv_estimator=tree: the "
+        "edges of a tree are no sequences, their ratios are per token, or step; leave it out",
+    ),
+    Rule(
+        lambda c: (
+            _grows_trees(c) and (c.loss_agg_mode, c.prompt_weighting) != ("token-mean", "sample")
+        ),
+        "algo.loss_agg_mode={c.loss_agg_mode}, prompt_weighting={c.prompt_weighting} have no "
+        "effect with adv_estimator=tree, where algo.tree.weight says what an edge counts; leave "
+        "them out",
+    ),
+    Rule(
+        lambda c: _grows_trees(c) and (c.normalize_advantages or c.singleton_advantage != "zero"),
+        "algo.normalize_advantages={c.normalize_advantages}, singleton_advantage="
+        "{c.singleton_advantage} have no effect with adv_estimator=tree; leave them out",
+    ),
+    Rule(
+        lambda c: _grows_trees(c) and c.kl_in == "reward",
+        "algo.kl_in=reward with adv_estimator=tree: a tree has rewards at its leaves only, which "
+        "share the tokens that a KL would be charged for; use kl_in=loss",
+    ),
+    Rule(
+        lambda c: _grows_trees(c) and c.allocation.allocator != "uniform",
+        "algo.allocation.allocator={c.allocation.allocator} with adv_estimator=tree: how many "
+        "samples a prompt gets is the shape of its trees; use allocator=uniform",
+    ),
+    Rule(
+        lambda c: (
+            _grows_trees(c)
+            and c.scale_rewards not in TREE_SCALES.get(str(c.tree.advantage), (c.scale_rewards,))
+        ),
+        "algo.scale_rewards={c.scale_rewards} is nothing for algo.tree.advantage="
+        "{c.tree.advantage}: parent takes group or none, root_parent none, ancestors batch or none",
+    ),
+    Rule(
+        lambda c: (
+            _grows_trees(c)
+            and c.tree.baseline != "mean"
+            and c.tree.advantage not in ("depth", "sibling", "leaves")
+        ),
+        "algo.tree.baseline={c.tree.baseline} has no effect with algo.tree.advantage="
+        "{c.tree.advantage}, which compares with values and not with a mean; leave it out",
+    ),
+    Rule(
+        lambda c: _grows_trees(c) and c.tree.carry_leaves and c.tree.advantage != "depth",
+        "algo.tree.carry_leaves=true has no effect with algo.tree.advantage={c.tree.advantage}, "
+        "which compares across depths anyway; leave it out, or use advantage=depth",
+    ),
+    Rule(
+        lambda c: (
+            c.tree.depth_prune.size > 0
+            and c.tree.depth_prune.direction == "later"
+            and c.tree.depth_prune.start + c.tree.depth_prune.size - 1 > c.tree.depth_prune.stop
+        ),
+        "algo.tree.depth_prune: size={c.tree.depth_prune.size} depths from start="
+        "{c.tree.depth_prune.start} on reach beyond stop={c.tree.depth_prune.stop}, behind which "
+        "a window that slides later never goes; raise stop, or begin earlier",
+    ),
+    Rule(
+        lambda c: (
+            c.tree.depth_prune.size > 0
+            and c.tree.depth_prune.direction == "earlier"
+            and c.tree.depth_prune.start < c.tree.depth_prune.stop
+        ),
+        "algo.tree.depth_prune: start={c.tree.depth_prune.start} lies before stop="
+        "{c.tree.depth_prune.stop}, before which a window that slides earlier never begins; lower "
+        "stop, e.g. to the last split",
+    ),
+)
+
+ERRORS += (
     Rule(
         lambda c: (
             c.importance_sampling_level in PER_SEQUENCE
@@ -229,6 +307,10 @@ WARNINGS: tuple[Rule, ...] = (
         "latter is exact without it and biased with it; use k3, or leave the correction out",
     ),
 )
+
+
+def _grows_trees(cfg: AlgoConfig) -> bool:
+    return cfg.adv_estimator == "tree"
 
 
 def _has_room(cfg: AlgoConfig) -> bool:

@@ -48,7 +48,7 @@ DEPENDENT_DEFAULTS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "reinforce_plus_plus_baseline": {"scale_rewards": "none"},
         "raft": {"scale_rewards": "none"},
         "reinforce_rej": {"scale_rewards": "none"},
-        "tree": {"scale_rewards": "group"},
+        "tree": {"scale_rewards": "group", "loss_agg_mode": "token-mean"},
     },
     "policy_loss": {
         "ppo_clip": {"epsilon": 0.2, "epsilon_high": None, "delta": None},
@@ -103,6 +103,8 @@ def expansion(name: str) -> list[tuple[str, Any]]:
     preset = _preset(algorithm, {})
     rows: list[tuple[str, Any]] = [(key, preset[key]) for key in PRESET_FIELDS]
     rows.append(("allocation.allocator", algorithm.allocator))
+    if preset["adv_estimator"] == "tree":
+        rows += [(f"tree.{key}", value) for key, value in _tree_preset(algorithm).items()]
     for decision in ("credit", "loss"):
         function = getattr(algorithm, decision)
         if function is not getattr(Algorithm, decision):
@@ -240,10 +242,15 @@ def _resolve_allocation(
     )
 
 
-def _resolve_tree(given: TreeConfig, algorithm: Algorithm) -> TreeConfig:
+def _tree_preset(algorithm: Algorithm, compat: str = "rlalign") -> dict[str, Any]:
     preset = {**TREE_DEFAULTS, **algorithm.tree}
     if algorithm.name == "branch_grpo":  # the one that `compat` is about
-        preset |= TREE_COMPAT[given.compat]
+        preset |= TREE_COMPAT[compat]
+    return preset
+
+
+def _resolve_tree(given: TreeConfig, algorithm: Algorithm) -> TreeConfig:
+    preset = _tree_preset(algorithm, given.compat)
     open_ = {name: value for name, value in preset.items() if getattr(given, name) is None}
     return dataclasses.replace(given, **open_)
 

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from rlalign.algos.errors import AlgoError
+from rlalign.algos.segments import compact, segment_sum
 from rlalign.types import ODE, ROOT, Tree
 
 FUSE_MODES = ("child_mean", "leaf_mean", "edge_softmax", "path_softmax")
@@ -57,6 +58,23 @@ def sum_over_leaves(tree: Tree, value_N: Tensor) -> Tensor:
     for at in reversed(levels(tree)[1:]):
         total_N = total_N.index_add(0, tree.parent_N[at], total_N[at])
     return total_N
+
+
+def merge_roots(tree: Tree) -> Tree:
+    """The trees of a group below one root, its first: they start from one prompt. The other roots
+    are left as dead leaves, so that every node keeps its number."""
+    root_N = tree.parent_N < 0
+    group_N, num_groups = compact(tree.group_N)
+    first_G = torch.full((num_groups,), len(tree))
+    roots = root_N.nonzero()[:, 0]
+    first_G = first_G.scatter_reduce(0, group_N[roots], roots, "amin")
+    root_of_N = first_G[group_N]
+    return tree.replace(
+        parent_N=torch.where(tree.depth_N == 1, root_of_N, tree.parent_N),
+        reward_N=torch.where(
+            root_N & (root_of_N != torch.arange(len(tree))), torch.nan, tree.reward_N
+        ),
+    )
 
 
 def living(tree: Tree) -> Tensor:
@@ -119,14 +137,16 @@ def validate(tree: Tree) -> None:
 
     Rewards may be missing: see the module's docstring.
     """
-    parent_N, child_N = tree.parent_N, tree.parent_N >= 0
-    parent_C = parent_N[child_N]
-    own_C = child_N.nonzero()[:, 0]
     lengths = {len(getattr(tree, name)) for name in Tree.__slots__}
     if len(lengths) != 1:
         raise AlgoError(f"the tensors of a tree have {sorted(lengths)} entries, not one number")
+    parent_N, child_N = tree.parent_N, tree.parent_N >= 0
+    late = (parent_N >= torch.arange(len(tree))).nonzero()[:, 0].tolist()
+    if late:
+        raise AlgoError(f"not a tree of rollouts: nodes {late[:5]} come before their parents")
+    parent_C = parent_N[child_N]
+    own_C = child_N.nonzero()[:, 0]
     facts = {
-        "parents come before children": bool((parent_N < torch.arange(len(tree))).all()),
         "a child is one deeper than its parent, a root at 0": bool(
             (tree.depth_N[own_C] == tree.depth_N[parent_C] + 1).all()
             and (tree.depth_N[~child_N] == 0).all()
@@ -145,13 +165,13 @@ def validate(tree: Tree) -> None:
     }  # fmt: skip
     broken = [fact for fact, holds in facts.items() if not holds]
     if broken:
-        raise AlgoError(f"not a tree of rollouts: it is broken that {'; '.join(broken)}")
+        raise AlgoError(f"not a tree of rollouts, where {'; where '.join(broken)}")
 
 
 def _per_group(tree: Tree, value_N: Tensor) -> Tensor:
     """For each node the sum over its group."""
-    total_G = torch.zeros(int(tree.group_N.max()) + 1, dtype=value_N.dtype)
-    return total_G.index_add(0, tree.group_N, value_N)[tree.group_N]
+    group_N, num_groups = compact(tree.group_N)
+    return segment_sum(value_N, group_N, num_groups)[group_N]
 
 
 def _softmax_over_siblings(tree: Tree, score_N: Tensor, alive_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,11 +10,11 @@ With V the values (tree.py), pa the parent, and mean and sd over the nodes that 
     leaves       z-score among all leaves of the prompt plus that within the tree        Tree-GRPO
 
 `algo.scale_rewards` decides sd: `group` those that are compared, `batch` one over all, `none` 1.
-`scope=prompt` compares the trees of a prompt with each other, `tree` each tree with itself. Below
-the last branching, depths have just the z-scores that GRPO gives to the leaves. The credit of
-TreePO and Tree-GRPO is a leaf's, the same for every token on its path: an edge that several leaves
-share gets their mean, which is the same gradient on policy (`weight=leaf_count` counts it as often
-as there are leaves).
+`scope=prompt` compares the trees of a prompt with each other, and puts them below one root; `tree`
+compares each tree with itself. Below the last branching, depths have just the z-scores that GRPO
+gives to the leaves. The credit of TreePO and Tree-GRPO is a leaf's, the same for every token on its
+path: an edge that several leaves share gets their mean, which is the same gradient on policy
+(`weight=leaf_count` counts it as often as there are leaves).
 
 Statistics are float64, sd with ddof=1; what has nothing to compare with, or a spread below
 `std_floor`, gets 0. Sources: arXiv 2509.06040 (BranchGRPO), 2505.23564 (SPO), 2506.11902 (TreeRL),
@@ -55,10 +55,13 @@ def tree_advantages(tree: Tree, cfg: AlgoConfig) -> tuple[Tensor, Tensor]:
             f"algo.tree.advantage={section.advantage!r} is none of {', '.join(ADVANTAGES)}; "
             "pass the config through rlalign.algos.resolve first"
         )
-    value_N = trees.fuse(tree, section.fuse or "", beta=section.fuse_beta, logp=section.fuse_logp)
-    alive_N = value_N.isfinite()
-    advantage_N = rule(tree, value_N.nan_to_num(0.0), alive_N, cfg)
-    trains_N = alive_N & (tree.kind_N == POLICY)
+    value_N = _fused(tree, cfg)
+    compared, compared_N = tree, value_N
+    if section.scope == "prompt":
+        compared = trees.merge_roots(tree)
+        compared_N = _fused(compared, cfg)
+    advantage_N = rule(compared, compared_N.nan_to_num(0.0), compared_N.isfinite(), cfg)
+    trains_N = value_N.isfinite() & (tree.kind_N == POLICY)
     return value_N, torch.where(trains_N, advantage_N, torch.zeros_like(advantage_N))
 
 
@@ -77,19 +80,17 @@ def _depth(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Ten
 
 
 def _sibling(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Tensor:
-    """Roots are one family, and have no edge."""
-    return _compared(value_N, alive_N, tree.parent_N + 1, torch.zeros_like(tree.parent_N), cfg)
+    family_N, edge_N = tree.parent_N, tree.parent_N >= 0
+    return _compared(value_N, alive_N & edge_N, family_N, torch.zeros_like(family_N), cfg)
 
 
 def _parent(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Tensor:
-    difference_N = value_N - _value_of_parent(tree, value_N)
-    if cfg.scale_rewards == "none":
-        return difference_N
+    advantage_N = value_N - _value_of_parent(tree, value_N)
     stats = group_stats(value_N, tree.parent_N, alive_N, cfg.reward_tie_tol)
-    population_N = (
-        stats.std_B * ((stats.count_B - 1).clamp(min=0) / stats.count_B.clamp(min=1)).sqrt()
-    )
-    return difference_N / (population_N + SIBLING_EPS)
+    if cfg.scale_rewards == "group":
+        share_N = (stats.count_B - 1).clamp(min=0) / stats.count_B.clamp(min=1)
+        advantage_N = advantage_N / (stats.std_B * share_N.sqrt() + SIBLING_EPS)
+    return torch.where(stats.tied_B, torch.zeros_like(advantage_N), advantage_N)
 
 
 def _root_parent(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Tensor:
@@ -98,33 +99,37 @@ def _root_parent(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) 
     stats = group_stats(value_N, tree.group_N, leaf_N, cfg.reward_tie_tol)
     centred_N = (value_N - stats.mean_B) * stats.count_B / (stats.count_B - 1).clamp(min=1)
     centred = tree.replace(reward_N=torch.where(leaf_N, centred_N, torch.nan))
-    fused_N = trees.fuse(centred, cfg.tree.fuse or "").nan_to_num(0.0)
+    fused_N = _fused(centred, cfg).nan_to_num(0.0)
     count_N = trees.sum_over_leaves(tree, leaf_N.double()).clamp(min=1)
     own_N = (fused_N - _value_of_root(tree, fused_N)) + (fused_N - _value_of_parent(tree, fused_N))
     own_N = torch.where(stats.tied_B, 0.0, own_N / count_N.sqrt())
-    # what all tokens of the batch have on average is taken off
-    tokens_N = torch.where(alive_N & (tree.kind_N == POLICY), tree.num_actions_N, 0).double()
+    # what all tokens of the batch, leaf by leaf, have on average is taken off
+    tokens_N = torch.where(alive_N, _trained_actions(tree) * count_N, torch.zeros_like(count_N))
     return own_N - (tokens_N * own_N).sum() / tokens_N.sum().clamp(min=1)
 
 
 def _ancestors(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Tensor:
     """TreePO: each leaf against the mean under each of its ancestors, of which those count that
-    have more than one leaf (and the root); whitened over the tokens of the batch."""
-    leaves_N = trees.sum_over_leaves(tree, (alive_N & trees.is_leaf(tree)).double())
+    have more than one leaf (and the root); whitened over the tokens of the batch, leaf by leaf."""
+    leaf_N = alive_N & trees.is_leaf(tree)
+    leaves_N = trees.sum_over_leaves(tree, leaf_N.double())
     mean_N = trees.fuse(tree, "leaf_mean").nan_to_num(0.0)
     counts_N = ((leaves_N > 1) | (tree.parent_N < 0)).double()
     sum_N, number_N = torch.zeros_like(value_N), torch.zeros_like(value_N)
+    tokens_N = _trained_actions(tree)
     for at in trees.levels(tree)[1:]:  # over the ancestors of each node
         parent = tree.parent_N[at]
         sum_N[at] = sum_N[parent] + counts_N[parent] * mean_N[parent]
         number_N[at] = number_N[parent] + counts_N[parent]
-    of_leaf_N = value_N - sum_N / number_N.clamp(min=1)
+        tokens_N[at] += tokens_N[parent]  # of the whole path
+    tied_N = group_stats(value_N, tree.group_N, leaf_N, cfg.reward_tie_tol).tied_B
+    of_leaf_N = torch.where(tied_N, 0.0, value_N - sum_N / number_N.clamp(min=1))
     shared_N = _mean_of_leaves(tree, of_leaf_N, alive_N)
     if cfg.scale_rewards == "none":
         return shared_N
-    count_N = torch.where(tree.kind_N == POLICY, tree.num_actions_N * leaves_N, 0.0)
-    mean = (count_N * shared_N).sum() / count_N.sum().clamp(min=1)
-    variance = (count_N * (shared_N - mean) ** 2).sum() / (count_N.sum() - 1).clamp(min=1)
+    tokens_N = torch.where(leaf_N, tokens_N, torch.zeros_like(tokens_N))
+    mean = (tokens_N * of_leaf_N).sum() / tokens_N.sum().clamp(min=1)
+    variance = (tokens_N * (of_leaf_N - mean) ** 2).sum() / (tokens_N.sum() - 1).clamp(min=1)
     if float(variance) < cfg.tree.std_floor**2:
         return torch.zeros_like(shared_N)
     return (shared_N - mean) / (variance.sqrt() + cfg.adv_eps)
@@ -155,6 +160,15 @@ def _compared(
         centred_N = centred_N / (std_N + cfg.adv_eps)
     silent_N = ~valid_N | stats.tied_B | (stats.std_B < cfg.tree.std_floor)
     return torch.where(silent_N, torch.zeros_like(centred_N), centred_N)
+
+
+def _fused(tree: Tree, cfg: AlgoConfig) -> Tensor:
+    section = cfg.tree
+    return trees.fuse(tree, section.fuse or "", beta=section.fuse_beta, logp=section.fuse_logp)
+
+
+def _trained_actions(tree: Tree) -> Tensor:
+    return torch.where(tree.kind_N == POLICY, tree.num_actions_N, 0).double()
 
 
 def _scope(tree: Tree, cfg: AlgoConfig) -> Tensor:

@@ -3,29 +3,33 @@
 Pruning comes after the advantages and touches nothing but the gradient: rollouts, rewards and
 values are those of the whole tree. Depth first, then width (BranchGRPO, arXiv 2509.06040):
 
-    depth          a window of consecutive depths is left out; it slides as training goes on
-    parent_top1    of the siblings at the last split, the best keeps its chain
-    extreme_b      the chains of a group's b best and b worst leaves stay
+    depth           a window of consecutive depths is left out; it slides as training goes on
+    parent_top1     of the siblings at the last split, the best keeps its chain
+    extreme_b       the chains of a group's b best and b worst leaves stay
+    official_mode1  of each chain the first edges stay: pruning by depth, in effect
+    official_mode2  of the edges of a group's chains the best and the worst stay
 
 A chain is what follows below a node whose siblings it was last compared with, down to its leaf; the
-edge into that node stays. Leaving depths out is block-coordinate descent, unbiased for those that
-are kept; leaving branches out by their value is not.
+edge into that node stays. The official modes are those of the published code, which keep the share
+`width_prune_ratio`. Leaving depths out is block-coordinate descent, unbiased for those that are
+kept; leaving branches out by their value is not.
 
 Each kept edge e has a share u_e of the loss, over all groups of the batch:
 
     depth_mean     the kept depths of a group count the same, and within one omega (tree.py) does
-    edge_mean      every edge counts the same                   the paper's and the code's
+    edge_mean      every edge counts the same, and shares that among its actions; the paper's
     omega_sum      omega of each action: the sum estimates the policy gradient
     token_mean     every action counts the same, once
     leaf_count     every action counts as often as leaves share it: the flat loss over the leaves
 
-The actions of an edge (tokens; a denoising step is one) share what the edge has.
+An action is a token, or a step of denoising.
 
-Legend: N nodes, G groups.
+Legend: N nodes, G groups, A candidates for pruning.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,7 +43,9 @@ from rlalign.types import POLICY, Tree
 if TYPE_CHECKING:
     from rlalign.config.schema import AlgoConfig
 
+WIDTH_PRUNE = ("parent_top1", "extreme_b", "official_mode1", "official_mode2")
 WEIGHTS = ("depth_mean", "edge_mean", "omega_sum", "token_mean", "leaf_count")
+Ends = Callable[[Tensor], tuple[Tensor | int, Tensor | int]]  # of how many -> (best, worst)
 
 
 def select_edges(
@@ -51,12 +57,13 @@ def select_edges(
     leave nothing keeps nothing, and counts nowhere.
     """
     keep_N = value_N.isfinite() & (tree.kind_N == POLICY)
-    if step > cfg.tree.prune_step_ratio * max_steps:
+    if step >= round(cfg.tree.prune_step_ratio * max_steps):
         return keep_N
     pruned = pruned_depths(cfg, step)
     keep_N = keep_N & ~torch.isin(tree.depth_N, torch.tensor(pruned, dtype=torch.long))
     if cfg.tree.width_prune != "none":
-        keep_N = keep_N & (on_kept_chain(tree, value_N, cfg) | ~on_chain(tree))
+        chain_N = keep_N & on_chain(tree)
+        keep_N = keep_N & (~chain_N | _kept_of_chains(tree, value_N, chain_N, cfg))
     return keep_N
 
 
@@ -90,37 +97,55 @@ def on_chain(tree: Tree) -> Tensor:
     return chain_N & edge_N & ~split_N
 
 
-def on_kept_chain(tree: Tree, value_N: Tensor, cfg: AlgoConfig) -> Tensor:
-    """bool [N]: nodes with a leaf under them whose chain width pruning keeps."""
+def _kept_of_chains(tree: Tree, value_N: Tensor, chain_N: Tensor, cfg: AlgoConfig) -> Tensor:
+    """bool [N]: what width pruning keeps of the edges `chain_N`."""
+    mode, ratio, b = cfg.tree.width_prune, cfg.tree.width_prune_ratio, cfg.tree.width_prune_b
     leaf_N = trees.is_leaf(tree) & value_N.isfinite()
-    rank_N = value_N.nan_to_num(0.0)
-    if cfg.tree.width_prune == "parent_top1":
-        key_N, (best, worst) = _last_split(tree), (1, 0)
-    elif cfg.tree.width_prune == "extreme_b":
-        key_N, (best, worst) = tree.group_N, (cfg.tree.width_prune_b,) * 2
+
+    def first(size_A: Tensor) -> tuple[Tensor, int]:
+        return (ratio * size_A).long().clamp(min=1), 0
+
+    def both_ends(size_A: Tensor) -> tuple[Tensor, Tensor]:
+        number_A = (ratio * size_A).long().clamp(min=2)
+        return number_A // 2, number_A - number_A // 2
+
+    if mode == "parent_top1":
+        leaf_N = _ends(leaf_N, _last_split(tree), value_N, lambda _: (1, 0))
+    elif mode == "extreme_b":
+        leaf_N = _ends(leaf_N, tree.group_N, value_N, lambda _: (b, b))
+    elif mode == "official_mode1":
+        its_leaf_N = trees.sum_over_leaves(tree, torch.arange(len(tree)))
+        return _ends(chain_N, its_leaf_N, value_N, first)
+    elif mode == "official_mode2":
+        return _ends(chain_N, tree.group_N, value_N, both_ends)
     else:
-        raise AlgoError(
-            f"algo.tree.width_prune={cfg.tree.width_prune!r} is none of none, parent_top1, "
-            "extreme_b"
-        )
-    kept_N = torch.zeros(len(tree), dtype=torch.bool)
-    for sign, number in ((-1, best), (1, worst)):
-        at = leaf_N.nonzero()[:, 0]
-        at = at[torch.argsort(sign * rank_N[at], stable=True)]
-        at = at[torch.argsort(key_N[at], stable=True)]  # by key, and within one by rank
-        size_K = torch.bincount(compact(key_N[at])[0]) if len(at) else at
-        place = torch.arange(len(at)) - (size_K.cumsum(0) - size_K).repeat_interleave(size_K)
-        kept_N[at[place < number]] = True
-    return trees.sum_over_leaves(tree, kept_N.double()) > 0
+        raise AlgoError(f"algo.tree.width_prune={mode!r} is none of none, {', '.join(WIDTH_PRUNE)}")
+    return trees.sum_over_leaves(tree, leaf_N.double()) > 0
+
+
+def _ends(candidate_N: Tensor, key_N: Tensor, value_N: Tensor, ends: Ends) -> Tensor:
+    """bool [N]: of the candidates that share a key, the best and the worst by value, as many as
+    `ends` says; the earlier first among equals."""
+    at_A = candidate_N.nonzero()[:, 0]
+    at_A = at_A[torch.argsort(value_N[at_A], descending=True, stable=True)]
+    at_A = at_A[torch.argsort(key_N[at_A], stable=True)]  # by key, and within one by value
+    index_A, num_keys = compact(key_N[at_A])
+    size_K = torch.bincount(index_A, minlength=num_keys)
+    place_A = torch.arange(len(at_A)) - (size_K.cumsum(0) - size_K)[index_A]
+    best_A, worst_A = ends(size_K[index_A])
+    kept_N = torch.zeros_like(candidate_N)
+    kept_N[at_A[(place_A < best_A) | (place_A >= size_K[index_A] - worst_A)]] = True
+    return kept_N
 
 
 def edge_weights(tree: Tree, keep_N: Tensor, cfg: AlgoConfig, actions_N: Tensor) -> Tensor:
     """u, float64 [N]: each kept edge's share of the loss, for each of its actions; 0 elsewhere.
 
-    actions_N: how many losses an edge has, 1 or its tokens. Raises AlgoError for an unknown
-    `algo.tree.weight`.
+    actions_N: how many losses an edge has, 1 or its tokens; an edge without one is as if it were
+    not kept. Raises AlgoError for an unknown `algo.tree.weight`.
     """
-    mode, keep64_N = cfg.tree.weight, keep_N.double()
+    mode, keep_N = cfg.tree.weight, keep_N & (actions_N > 0)
+    keep64_N = keep_N.double()
     if mode == "depth_mean":
         weight_N = keep64_N * trees.sampling_weights(tree)
         return weight_N / _inverse_shares(tree, weight_N * actions_N)

@@ -63,11 +63,14 @@ class TreeConfig:
     )
     width_prune: str = option(
         "none",
-        "Chains below the last split that train: all, the better one of siblings, or those of the "
-        "best and worst leaves.",
-        choices=("none", "parent_top1", "extreme_b"),
+        "Chains below the last split that train: all, the better one of siblings, those of the "
+        "best and worst leaves, or what the published code keeps of them.",
+        choices=("none", "parent_top1", "extreme_b", "official_mode1", "official_mode2"),
     )
     width_prune_b: int = option(4, "Best, and worst, leaves of a prompt under extreme_b.", ge=1)
+    width_prune_ratio: float = option(
+        0.5, "Share of the edges of chains that the official modes keep.", gt=0, le=1
+    )
     prune_step_ratio: float = option(1.0, "Share of the run in which is pruned.", ge=0, le=1)
     prob_mask: float | None = option(
         None,

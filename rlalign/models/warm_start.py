@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlalign.models.building import Progress, one_thread
 from rlalign.models.muon import Muon
 from rlalign.models.random import init_model, small_config
 from rlalign.tasks.mini import MiniModel, MiniTask, WarmStart
@@ -22,7 +22,6 @@ WARMUP_STEPS = 10
 COOLDOWN = 0.4  # share of a phase in which the rates fall
 MICRO_BATCHES = 2  # a batch runs as this many, sorted by length: less padding, the same gradient
 
-Progress = Callable[[str, int, int], None]  # (stage, steps done, steps in all)
 Example = tuple[list[int], list[int]]  # token ids of a prompt and of its completion
 
 
@@ -156,14 +155,3 @@ def rate_scale(step: int, steps: int) -> float:
     rise = (step + 1) / WARMUP_STEPS
     fall = (steps - step) / (COOLDOWN * steps)
     return min(1.0, rise, fall)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One CPU thread: sums in one order, so equal seeds give equal weights."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

@@ -2,6 +2,7 @@
 
 A mini task is one module here that defines `TASK`, and one line in `MINI_TASKS`. The rows and the
 demonstrations are plain functions of a seed; `models/mini.py` turns the recipe into weights.
+`MiniTask` is for language models, `MiniFlowTask` for flow models.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 from rlalign.tasks.errors import TaskError
 from rlalign.tasks.source import Source, numbered
 
-MINI_TASKS = {"chain": "rlalign.tasks.chain"}
+MINI_TASKS = {"chain": "rlalign.tasks.chain", "digits": "rlalign.tasks.digits"}
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,36 @@ class MiniTask:
     model: MiniModel
 
 
-def get_mini_task(name: str) -> MiniTask:
+@dataclass(frozen=True)
+class FlowTraining:
+    """The shape of a mini flow model (rlalign/models/mini_flow.py) and its training before RL.
+
+    A label is replaced by a random one with probability `label_noise`, which leaves a policy that
+    follows its prompt about half of the time; then by none at all with `null_share`, for guidance.
+    """
+
+    labels: tuple[str, ...]  # the prompts it knows
+    net: str = "mlp"
+    width: int = 192
+    blocks: int = 3
+    steps: int = 2500
+    batch_size: int = 192
+    lr: float = 4e-3  # AdamW; falls to 0 as a cosine does
+    label_noise: float = 0.42
+    null_share: float = 0.1
+    ema: float = 0.995  # of the weights that are kept
+
+
+@dataclass(frozen=True)
+class MiniFlowTask:
+    """`make_rows(split, **params)` gives rows whose prompts are labels of the model."""
+
+    name: str
+    make_rows: Callable[..., list[dict[str, Any]]]
+    model: FlowTraining
+
+
+def get_mini_task(name: str) -> MiniTask | MiniFlowTask:
     """Raises TaskError for a task that is not built in."""
     if name not in MINI_TASKS:
         raise TaskError(

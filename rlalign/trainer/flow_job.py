@@ -99,12 +99,13 @@ def roll_out(job: FlowJob, step: int) -> FlowRollout:
     keys, group_R = tree_keys(prompts, flow.roots_per_prompt)
     mine_r = (group_R % world.size == world.rank).nonzero()[:, 0]
     began = perf_counter()
-    with world.agreed("rollout"), torch.no_grad():
+    # Whole parameters: processes need not call the network equally often here.
+    with job.engine.full_parameters(), world.agreed("rollout"), torch.no_grad():
         used = [prompts[int(g)] for g in group_R[mine_r]]
         cond = job.policy.condition(used)
 
         def velocity(z_MX: Tensor, sigma_M: Tensor, tree_M: Tensor) -> Tensor:
-            return job.engine.forward(z_MX, sigma_M, take_rows(cond, tree_M))
+            return job.policy(z_MX, sigma_M, take_rows(cond, tree_M))
 
         local = grow(
             plan,

@@ -95,7 +95,7 @@ def evaluate_flow(job: FlowJob) -> dict[str, float]:
     mine = prompts[job.world.rank :: job.world.size]
     totals = torch.zeros(1 + len(config.rewards.functions), dtype=torch.float64)
     by_prompt = torch.zeros(len(prompts), dtype=torch.float64)
-    with job.world.agreed("evaluation"), torch.no_grad():
+    with job.engine.full_parameters(), job.world.agreed("evaluation"), torch.no_grad():
         for i, prompt in enumerate(mine):
             images, scores = _samples(job, [prompt] * flow.eval_samples)
             by_prompt[job.world.rank + i * job.world.size] = scores.reward_B.double().nanmean()
@@ -117,7 +117,7 @@ def _samples(job: FlowJob, prompts: list) -> tuple[Tensor, Any]:
     cond = job.policy.condition(prompts)
 
     def velocity(z_MX: Tensor, sigma_M: Tensor, tree_M: Tensor) -> Tensor:
-        return job.engine.forward(z_MX, sigma_M, take_rows(cond, tree_M))
+        return job.policy(z_MX, sigma_M, take_rows(cond, tree_M))
 
     x0_NX = sample_ode(
         velocity,

@@ -37,7 +37,7 @@ from safetensors import SafetensorError
 
 from rlalign.config import Config
 from rlalign.errors import RlalignError
-from rlalign.models.mini import default_cache_dir
+from rlalign.models.building import default_cache_dir
 from rlalign.rollout.digest import WeightDigest
 from rlalign.tasks import ScoredSet
 from rlalign.trainer.batch import bare_batch

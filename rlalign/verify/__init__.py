@@ -15,6 +15,7 @@ from rlalign.verify import (
     presets,
     sampling,
     shaping,
+    trees,
 )
 from rlalign.verify.table import PROPERTIES, Check, Property, per_algorithm, render, run, shared
 
@@ -36,4 +37,5 @@ __all__ = [
     "sampling",
     "shaping",
     "shared",
+    "trees",
 ]

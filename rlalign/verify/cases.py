@@ -66,11 +66,14 @@ def make_case(seed: int = 0, *, gap: float = 0.4, equal_lengths: bool = False) -
     return Case(old_BT + gap * normal(*shape), batch, acc_B, 0.1 * normal(*shape))
 
 
-def config(loss_type: str = "grpo", *, mismatch: dict | None = None, **fields) -> AlgoConfig:
+def config(
+    loss_type: str = "grpo", *, mismatch: dict | None = None, tree: dict | None = None, **fields
+) -> AlgoConfig:
     """A resolved config of the preset with `fields` overridden; its warnings are not for here."""
     cfg = AlgoConfig(loss_type=loss_type, **fields)
-    if mismatch:
-        cfg = dataclasses.replace(cfg, mismatch=dataclasses.replace(cfg.mismatch, **mismatch))
+    for section, changes in (("mismatch", mismatch), ("tree", tree)):
+        changed = dataclasses.replace(getattr(cfg, section), **(changes or {}))
+        cfg = dataclasses.replace(cfg, **{section: changed})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AlgoWarning)
         return algos.resolve(cfg, engine_shares_parameters=False)

@@ -60,12 +60,22 @@ def shared(name: str, *, source: str, bound: float) -> Callable:
 
 
 def per_algorithm(
-    name: str, *, source: str, bound: float, applies: Applies = lambda _: True
+    name: str,
+    *,
+    source: str,
+    bound: float,
+    applies: Applies = lambda _: True,
+    of_trees: bool = False,
 ) -> Callable:
-    """Register `measure(algorithm_name) -> error`, a property of each algorithm it applies to."""
+    """Register `measure(algorithm_name) -> error`, a property of each algorithm it applies to, of
+    those that give credit in trees or of all others."""
+
+    def of_kind(algorithm: str) -> bool:
+        trees = algos.get(algorithm).defaults.get("adv_estimator") == "tree"
+        return trees == of_trees and applies(algorithm)
 
     def register(measure: Callable[[str], float]) -> Callable[[str], float]:
-        PROPERTIES.append(Property(name, source, bound, measure, applies))
+        PROPERTIES.append(Property(name, source, bound, measure, of_kind))
         return measure
 
     return register

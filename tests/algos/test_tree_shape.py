@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlalign.algos import AlgoError
@@ -64,6 +64,7 @@ def test_other_schedules(splits, factor, leaves, calls, edges):
     assert shape.num_edges / leaves == pytest.approx(edges, abs=0.006)
 
 
+@settings(deadline=None)
 @given(schedules(), st.integers(1, 3))
 def test_a_forest_is_what_growing_it_node_by_node_gives(schedule, num_trees):
     shape = tree_shape(*schedule, split_last=True)

@@ -13,11 +13,13 @@ import time
 import pytest
 import torch
 
+import rlalign.models.building as building
 import rlalign.models.mini as mini
 from rlalign.config import ModelConfig
+from rlalign.models.building import START_FILE
 from rlalign.models.errors import ModelError
 from rlalign.models.load import load_causal_lm, load_tokenizer
-from rlalign.models.mini import START_FILE, build_mini, recipe_digest
+from rlalign.models.mini import build_mini, recipe_digest
 from rlalign.models.tokenizer import build_tokenizer
 from rlalign.models.warm_start import greedy_accuracy, warm_start
 from rlalign.tasks import chain
@@ -130,7 +132,7 @@ def test_a_second_builder_waits_with_a_deadline_and_uses_the_first_ones_folder(
 ):
     process = run_builder(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(mini, "LOCK_TIMEOUT_S", 0.1)
+        patch.setattr(building, "LOCK_TIMEOUT_S", 0.1)
         with pytest.raises(
             ModelError, match=r"another process to build chain-seed0.*RLALIGN_CACHE"
         ):
