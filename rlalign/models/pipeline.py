@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from transformers.utils import logging
 
 from rlalign.models.errors import ModelError
-from rlalign.models.load import LOAD_ERRORS
+from rlalign.models.load import LOAD_ERRORS, PIPELINE_FILE
 from rlalign.models.lora import ADAPTER, adapter_weights, merged_weights
 
-INDEX_FILE = "model_index.json"
 NETWORK = "transformer"  # the component that is trained
+CONFIG_FILE = "config.json"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
 
@@ -59,18 +59,19 @@ def import_diffusers() -> ModuleType:
 def read_index(folder: Path) -> dict[str, Any]:
     """What model_index.json says. Raises ModelError where it says nothing."""
     try:
-        index = json.loads((folder / INDEX_FILE).read_text())
+        index = json.loads((folder / PIPELINE_FILE).read_text())
     except (OSError, ValueError) as error:
-        raise ModelError(f"{folder / INDEX_FILE} cannot be read: {error}") from error
+        raise ModelError(f"{folder / PIPELINE_FILE} cannot be read: {error}") from error
     if not isinstance(index, dict):
-        raise ModelError(f"{folder / INDEX_FILE} is {type(index).__name__}, not a mapping")
+        raise ModelError(f"{folder / PIPELINE_FILE} is {type(index).__name__}, not a mapping")
     return index
 
 
 def load_pipeline(
     folder: Path, name: str, device: torch.device | str = "cpu", dtype: str = "float32"
 ) -> Any:
-    """The pipeline of class `name` in `folder`, in `dtype`; its VAE in float32.
+    """The pipeline of class `name` in `folder`, in `dtype`; its VAE in float32. All weights of the
+    network are in `dtype`, as in every engine, also those that diffusers would keep in float32.
 
     Raises ModelError where a part is missing, or has weights as pickles only, or where the network
     would start with random weights.
@@ -94,6 +95,8 @@ def load_pipeline(
             f"the weights in {folder / NETWORK} lack {len(missing)} of the network's tensors, the "
             f"first {missing[0]!r}: the files are incomplete"
         )
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtypes["default"])
     return pipeline.to(device)
 
 
@@ -107,11 +110,12 @@ def save_pipeline(pipeline: Any, source: Path, target: Path) -> None:
     network = getattr(pipeline, NETWORK)
     target.mkdir(parents=True, exist_ok=True)
     if target.resolve() != source.resolve():
-        shutil.copyfile(source / INDEX_FILE, target / INDEX_FILE)
+        shutil.copyfile(source / PIPELINE_FILE, target / PIPELINE_FILE)
         for name, what in read_index(source).items():
             if name != NETWORK and isinstance(what, list) and (source / name).is_dir():
                 shutil.copytree(source / name, target / name, copy_function=_link)
-    network.save_config(target / NETWORK)
+        (target / NETWORK).mkdir(exist_ok=True)
+        shutil.copyfile(source / NETWORK / CONFIG_FILE, target / NETWORK / CONFIG_FILE)
     weights = dict(network.state_dict())
     if adapters := dict(adapter_weights(network)):
         parameters = {name for name, _ in network.named_parameters()}
