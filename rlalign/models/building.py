@@ -49,7 +49,8 @@ def build_once(name: str, write: Callable[[Path], None], cache_dir: Path | None 
             for leftover in root.glob(f".{name}.*.tmp"):  # of a builder that was killed
                 shutil.rmtree(leftover)
             scratch = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=".tmp", dir=root))
-            write(scratch)
+            with torch.enable_grad():  # whoever asks first may be sampling
+                write(scratch)
             os.replace(scratch, folder)
     return folder
 
