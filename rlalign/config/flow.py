@@ -39,11 +39,28 @@ class GuidanceConfig:
 
 
 @dataclass
+class ImageConfig:
+    """What a pipeline of diffusers makes. Unset: as the pipeline does by default."""
+
+    height: int | None = option(None, "Pixels.", ge=1)
+    width: int | None = option(None, "Pixels.", ge=1)
+    num_frames: int | None = option(None, "Of a video.", ge=1)
+    max_text_tokens: int | None = option(
+        None, "Of T5, padding included; what a prompt has beyond is cut off.", ge=1, le=512
+    )
+
+
+@dataclass
 class FlowConfig:
     """The sampler of a rectified-flow model, and where its rollouts branch."""
 
     num_steps: int = option(20, "Steps T of the sampler.", ge=1)
-    shift: float = option(1.0, "Of the time grid: more steps at high noise above 1.", gt=0)
+    shift: float | None = option(
+        None,
+        "Of the time grid: more steps at high noise above 1. Unset: the grid of the pipeline; "
+        "other models have none, and 1.",
+        gt=0,
+    )
     sde_kind: str = option(
         "flow",
         "Noise of a stochastic step: dance (constant), flow (Flow-GRPO), cps (coefficients "
@@ -89,6 +106,8 @@ class FlowConfig:
     micro_batch_rows: int = option(
         1024, "States that go through the network together, in rollout and training.", ge=1
     )
+    pictures: int = option(2, "Trees of a step whose images the run directory keeps.", ge=0, le=4)
     eval_samples: int = option(16, "Images of a held-out prompt at an evaluation.", ge=1)
     mix: MixConfig = section(MixConfig, "Stochastic and deterministic steps mixed.")
     guidance: GuidanceConfig = section(GuidanceConfig, "Guidance.")
+    image: ImageConfig = section(ImageConfig, "Size of images and texts.")

@@ -16,7 +16,7 @@ from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig, 
 from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
-from rlalign.config.flow import FlowConfig, GuidanceConfig, MixConfig
+from rlalign.config.flow import FlowConfig, GuidanceConfig, ImageConfig, MixConfig
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 from rlalign.config.scored import ScoredConfig
 from rlalign.config.tree import DepthPruneConfig, TokenTreeConfig, TreeConfig
@@ -30,6 +30,7 @@ __all__ = [
     "FilterGroupsConfig",
     "FlowConfig",
     "GuidanceConfig",
+    "ImageConfig",
     "KernelsConfig",
     "LoraConfig",
     "MismatchConfig",

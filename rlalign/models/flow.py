@@ -10,6 +10,7 @@ Legend: N rows, P prompts, X the latent's own dimensions (`latent_shape`), CHW c
 from __future__ import annotations
 
 import abc
+import copy
 import importlib
 import json
 from collections.abc import Mapping, Sequence
@@ -21,8 +22,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from rlalign.config.schema import ImageConfig, ModelConfig
 from rlalign.models.errors import ModelError
-from rlalign.models.load import resolve_model_path
+from rlalign.models.load import PIPELINE_FILE, resolve_model_path
 from rlalign.types import Prompt
 
 Condition = Mapping[str, Tensor]  # rows first, in every tensor
@@ -57,7 +59,27 @@ class FlowModel(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def decode(self, x0_NX: Tensor) -> Tensor:
-        """Images of clean latents: float32 [N, C, H, W] in [0, 1]."""
+        """Images of clean latents: float32 [N, C, H, W] in [0, 1]; videos [N, frames, C, H, W]."""
+
+    def time_grid(self, num_steps: int, shift: float | None = None) -> Tensor | None:
+        """sigma_0 > ... > sigma_T, float64 [num_steps + 1], of a model that has a grid of its own
+        and where no `shift` is set; else None: the sampler's."""
+        return None
+
+    def prepare(self, config: ModelConfig, seed: int) -> None:
+        """Insert adapters (drawn from `seed`) and switch gradient checkpointing on, as configured.
+
+        Raises ModelError for a model that has neither.
+        """
+        if config.lora.rank or config.gradient_checkpointing:
+            raise ModelError(
+                f"{type(self).__name__} has no adapters and no gradient checkpointing: leave out "
+                "model.lora.rank and model.gradient_checkpointing"
+            )
+
+    def frozen_copy(self) -> FlowModel:
+        """A copy that does not train, to compare with: what never trains is shared with it."""
+        return copy.deepcopy(self).requires_grad_(False)
 
     def time_grid(self, num_steps: int, shift: float) -> Tensor | None:
         """The model's own falling grid of sigma, float64 [num_steps + 1]; None: any will do."""
@@ -86,15 +108,24 @@ def take_rows(cond: Condition, row_N: Tensor) -> dict[str, Tensor]:
 
 
 def load_flow_model(
-    path: str, seed: int = 0, device: torch.device | str = "cpu", dtype: str = "float32"
+    path: str,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    dtype: str = "float32",
+    image: ImageConfig | None = None,
 ) -> FlowModel:
     """The flow model in a folder, on the hub, or at `mini:<task>` (built once, keyed by `seed`), in
-    evaluation mode.
+    evaluation mode: one that `save_pretrained` wrote, or a pipeline of diffusers, which makes
+    images as `image` says.
 
     Raises ModelError where there is none, where config.json is not a flow model's, and where the
     weights do not fit it.
     """
     folder = Path(resolve_model_path(path, seed))
+    if (folder / PIPELINE_FILE).is_file():
+        from rlalign.models.flow_diffusers import load_pipeline_flow  # importing it takes seconds
+
+        return load_pipeline_flow(folder, image, device, dtype)
     config = _read_config(folder)
     name = config.pop("architecture", None)
     if name not in ARCHITECTURES:

@@ -6,6 +6,7 @@ safetensors only: the older `.bin` files are pickles.
 
 from __future__ import annotations
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from rlalign.models.mini import build_mini
 
 MINI = "mini:"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "*.py"]
+HUB_TWINS = ["*.fp16*"]  # the same weights once more
 HUB_TIMEOUT_S = 10.0
+PIPELINE_FILE = "model_index.json"  # in a folder of diffusers
 
 __all__ = ["ModelError", "load_causal_lm", "load_tokenizer", "resolve_model_path"]
 
@@ -122,13 +125,19 @@ def _folder(path: str, seed: int) -> Path:
 @cache
 def _from_hub(name: str) -> str:
     problem = hub_problem()
-    try:
+
+    def fetch(patterns: list[str]) -> str:
         return huggingface_hub.snapshot_download(
             name,
-            allow_patterns=HUB_FILES,
+            allow_patterns=patterns,
+            ignore_patterns=HUB_TWINS,
             etag_timeout=HUB_TIMEOUT_S,
             local_files_only=problem is not None,
         )
+
+    try:
+        index = Path(fetch([PIPELINE_FILE])) / PIPELINE_FILE
+        return fetch(_pipeline_files(index) if index.is_file() else HUB_FILES)
     except LocalEntryNotFoundError as error:
         raise ModelError(
             f"model {name!r} is no local folder and not in the hub's cache, and "
@@ -140,6 +149,12 @@ def _from_hub(name: str) -> str:
             f"model {name!r} cannot be fetched: {error}. Check the id, and the access token "
             "(HF_TOKEN) if the model is gated"
         ) from error
+
+
+def _pipeline_files(index: Path) -> list[str]:
+    """Files of a pipeline of diffusers: often the same weights lie beside its folders once more."""
+    parts = [name for name, what in json.loads(index.read_text()).items() if isinstance(what, list)]
+    return [PIPELINE_FILE, *(f"{name}/{files}" for name in parts for files in HUB_FILES)]
 
 
 def _no_weights(folder: Path) -> str:

@@ -1,4 +1,4 @@
-"""Low-rank adapters (PEFT) inside an HF model: attach, switch off, and merge while reading.
+"""Low-rank adapters (PEFT) inside a model of transformers or diffusers: attach, switch off, and merge while reading.
 
 W' = W + (alpha / rank) B A        Hu et al. 2021, arXiv 2106.09685, section 4.1
 """
@@ -24,8 +24,9 @@ from rlalign.models.errors import ModelError
 ADAPTER = "default"
 
 
-def attach_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
-    """Freeze `model` and insert adapters, drawn from `seed`; at first they change nothing (B = 0).
+def attach_lora(model: nn.Module, config: LoraConfig, seed: int) -> None:
+    """Freeze `model` (of transformers or diffusers) and insert adapters, drawn from `seed`; at
+    first they change nothing (B = 0).
 
     Raises ModelError when `target_modules` matches no layer.
     """
@@ -33,19 +34,26 @@ def attach_lora(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]  # PEFT divides it by r: any number does
         lora_dropout=0.0,  # ratios compare policies, so the forward pass may not be random
-        target_modules=config.target_modules,
-        task_type="CAUSAL_LM",
+        target_modules=_target_modules(model, config.target_modules),
+        task_type="CAUSAL_LM" if isinstance(model, PreTrainedModel) else None,
     )
     model.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            model.add_adapter(peft_config, ADAPTER)
+            model.add_adapter(peft_config, ADAPTER)  # type: ignore[operator]
         except ValueError as error:
             raise ModelError(
                 f"LoRA cannot be attached to {type(model).__name__}: {error} Set "
                 "model.lora.target_modules to a regex of layer names, or to all-linear."
             ) from error
+
+
+def _target_modules(model: nn.Module, targets: str) -> str | list[str]:
+    """PEFT knows what `all-linear` is in models of transformers only."""
+    if targets != "all-linear" or isinstance(model, PreTrainedModel):
+        return targets
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
 
 
 @contextmanager

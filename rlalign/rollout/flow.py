@@ -86,7 +86,7 @@ def make_plan(cfg: FlowConfig, step: int, sigma_T1: Tensor | None = None) -> Flo
     sigma_T1: the time grid of a model that has its own. Raises AlgoError for splits that are out of
     range, twice there, or have no noise, FlowError for a sampler that is none.
     """
-    grid_T1 = time_grid(cfg.num_steps, cfg.shift) if sigma_T1 is None else sigma_T1
+    grid_T1 = time_grid(cfg.num_steps, cfg.shift or 1.0) if sigma_T1 is None else sigma_T1
     keeps_noise = cfg.terminal == "sample"
     shape = tree_shape(cfg.num_steps, cfg.split_steps, cfg.branch_factor, split_last=keeps_noise)
     chosen = sde_steps(cfg, step)
@@ -172,7 +172,7 @@ def sample_ode(
     sigma_T1: Tensor | None = None,
 ) -> Tensor:
     """x0 of one deterministic sample for each key: [len(keys), X]."""
-    grid_T1 = time_grid(cfg.num_steps, cfg.shift) if sigma_T1 is None else sigma_T1
+    grid_T1 = time_grid(cfg.num_steps, cfg.shift or 1.0) if sigma_T1 is None else sigma_T1
     table = step_table(grid_T1, "ode", 0.0).to(device)
     z_MX = initial_noise(seed, iteration, keys, latent_shape).to(device)
     row_M = torch.arange(len(keys), device=device)

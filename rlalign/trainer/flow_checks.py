@@ -27,8 +27,6 @@ def check_flow(config: Config) -> None:
             f"algo.entropy_coef={algo.entropy_coef:g} with rollout.engine=flow: the entropy of a "
             "step is that of its noise, which does not learn; leave it out"
         )
-    if config.model.lora.rank:
-        raise ConfigError("model.lora.rank > 0 with rollout.engine=flow: leave it out")
     plan = make_plan(flow, 0)
     leaves = plan.shape.num_leaves
     compared = leaves * (flow.roots_per_prompt if algo.tree.scope == "prompt" else 1)

@@ -6,7 +6,6 @@ guided velocity.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from rlalign.config import Config
 from rlalign.config.schema import FlowConfig
 from rlalign.models.errors import ModelError
 from rlalign.models.flow import Condition, FlowModel, load_flow_model
+from rlalign.models.lora import adapters_off
 from rlalign.rollout.guidance import guide
 from rlalign.types import Prompt
 
@@ -25,23 +25,27 @@ class FlowPolicy(nn.Module):
     """`forward` is the guided velocity, by the current weights or by the reference's.
 
     Modules are in evaluation mode throughout: a policy that drops activations at random has no
-    ratio. The reference is held outside the module tree, so no engine saves or partitions it.
+    ratio. With LoRA the reference is the model with its adapters off; otherwise a frozen copy, held
+    outside the module tree, so no engine saves or partitions it.
     """
 
     def __init__(self, model: FlowModel, flow: FlowConfig, *, with_reference: bool) -> None:
         super().__init__()
         self.model = model
         self._guided = [guide(model, flow.guidance)]
+        self._lora = any(".lora_" in name for name, _ in model.named_parameters())
         self._reference = []
-        if with_reference:
-            frozen = copy.deepcopy(model).requires_grad_(False)
-            self._reference.append(guide(frozen, flow.guidance))
+        if with_reference and not self._lora:
+            self._reference.append(guide(model.frozen_copy(), flow.guidance))
 
     @classmethod
     def from_config(cls, config: Config, *, device: torch.device | str = "cpu") -> FlowPolicy:
-        """Load `model.path`. Raises ModelError where there is no flow model."""
-        model = load_flow_model(config.model.path, config.seed, device, config.model.dtype)
-        return cls(model, config.rollout.flow, with_reference=bool(config.algo.beta))
+        """Load `model.path`, with adapters and checkpointing as configured. Raises ModelError where
+        there is no flow model, or one without them."""
+        spec, flow = config.model, config.rollout.flow
+        model = load_flow_model(spec.path, config.seed, device, spec.dtype, flow.image)
+        model.prepare(spec, config.seed)
+        return cls(model, flow, with_reference=bool(config.algo.beta))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -63,6 +67,9 @@ class FlowPolicy(nn.Module):
         """v, float32 [N, X]. Raises ModelError for a reference that was not loaded."""
         if not reference:
             return self._guided[0](z_NX, sigma_N, cond)
+        if self._lora:
+            with adapters_off(self.model):
+                return self._guided[0](z_NX, sigma_N, cond)
         if not self._reference:
             raise ModelError("no reference model was loaded: the run began with algo.beta=0")
         return self._reference[0](z_NX, sigma_N, cond)
