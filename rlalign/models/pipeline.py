@@ -85,7 +85,9 @@ def load_pipeline(
             folder / NETWORK, torch_dtype=dtypes["default"], output_loading_info=True, **options
         )
         parts = {NETWORK: network}
-        pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=dtypes, **parts, **options)
+        pipeline = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtypes, **parts, **options
+        )
     except (*LOAD_ERRORS, AttributeError, TypeError) as error:
         raise ModelError(
             f"the {name} in {folder} cannot be loaded: {type(error).__name__}: {error}"
