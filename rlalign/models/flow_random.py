@@ -1,4 +1,4 @@
-"""Randomly initialised miniature pipelines of diffusers as complete folders: for tests and dry runs.
+"""Random miniature pipelines of diffusers as complete folders: for tests and dry runs.
 
 They are of the very classes of Stable Diffusion 3, FLUX.1-dev and Wan 2.1, with scale factors of
 their own, so what works on them read every size from a config.

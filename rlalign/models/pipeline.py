@@ -51,8 +51,8 @@ def import_diffusers() -> ModuleType:
         ) from error
     finally:
         logging.set_verbosity(before)
-    diffusers.logging.set_verbosity_error()  # it would remark on every long prompt
-    diffusers.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it would remark on every long prompt
+    diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
 
@@ -84,8 +84,9 @@ def load_pipeline(
         network, loaded = network_class.from_pretrained(
             folder / NETWORK, torch_dtype=dtypes["default"], output_loading_info=True, **options
         )
-        parts = {NETWORK: network}
-        pipeline = getattr(diffusers, name).from_pretrained(folder, dtype=dtypes, **parts, **options)
+        pipeline = getattr(diffusers, name).from_pretrained(
+            folder, dtype=dtypes, **{NETWORK: network}, **options
+        )
     except (*LOAD_ERRORS, AttributeError, TypeError) as error:
         raise ModelError(
             f"the {name} in {folder} cannot be loaded: {type(error).__name__}: {error}"
