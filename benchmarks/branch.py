@@ -116,7 +116,7 @@ def race(seed: int, steps: int) -> dict[str, Curve]:
         for step in range(1, steps + 1):
             for side, job in jobs.items():
                 began = time.perf_counter()
-                figures, _ = flow_step(job)
+                figures = flow_step(job).figures
                 curves[side].seconds.append(time.perf_counter() - began)
                 job.progress.step += 1
                 curves[side].rollout_calls.append(figures["tree/calls_per_leaf/rollout"])

@@ -78,7 +78,7 @@ class Sample:
 ROOT, POLICY, ENV, ODE = range(4)  # what led into a node of a tree; only POLICY has a log-prob
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Tree:
     """Rollouts that share their beginnings: trees of token segments, or of denoising steps.
 
@@ -114,11 +114,19 @@ class Tree:
 class Group:
     """The samples of one prompt occurrence; ragged sizes are normal, an allocator may give none.
 
-    `weight` is how much the group counts beside the others of its batch."""
+    `weight` is how much the group counts beside the others of its batch. Samples that share their
+    beginnings are the leaves of `tree`, whose `group_N` is 0, with rewards still to come: sample i
+    is the tokens of the nodes `paths[i]`, from below a root to a leaf.
+
+    >>> # the tree of the example above: its leaves are nodes 2, 3 and 4
+    >>> # samples=(a, b, c), paths=((2,), (1, 3), (1, 4))
+    """
 
     prompt: Prompt
     samples: tuple[Sample, ...]
     weight: float = 1.0
+    tree: Tree | None = None
+    paths: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,8 @@ class TrainBatch:
     completion, which occupies columns 0 .. completion_len-1 of every [B, T] tensor. `mask_BT` is 1
     on completion tokens that may carry gradient. `weight_BT` is each token's share of the global
     loss (see algos/aggregate.py), so a loss is a plain weighted sum and cannot depend on how the
-    batch is split.
+    batch is split. Leaves of trees are rows too, and a token that several share is inside the mask
+    of one of them (trainer/token_trees.py).
 
     >>> # a prompt of 2 and a completion of 3 tokens, truncated to T = 4 columns
     >>> # sequences=((7, 8, 1, 2, 3),), mask_BT=[[1, 1, 1, 0]], logp_rollout_BT=[[-.1, -.2, -.3, 0]]
@@ -171,6 +180,8 @@ class TrainBatch:
     # float32; the share of the policy's term where it is not that of the KL and the entropy
     policy_weight_BT: torch.Tensor | None = None
     source_id_B: torch.Tensor | None = None  # int64, as in Sample; None: all sampled in this run
+    tree: Tree | None = None  # of all groups, whichever rows there are; None: no trees
+    node_BT: torch.Tensor | None = None  # int64, the node of `tree` a token belongs to; -1: none
 
     def __len__(self) -> int:
         return len(self.sequences)

@@ -8,7 +8,18 @@ import torch
 from rich.console import Console
 
 from rlalign import algos, verify
-from rlalign.algos import advantage, aggregate, copg, kl, loss, mismatch, segments, surrogate
+from rlalign.algos import (
+    advantage,
+    aggregate,
+    copg,
+    kl,
+    loss,
+    mismatch,
+    segments,
+    surrogate,
+    tree,
+    tree_advantage,
+)
 from rlalign.verify import table
 
 CUSTOM = """
@@ -81,7 +92,8 @@ def _mutate(monkeypatch, name: str) -> None:
             std_B = s.std_B * ((n_B - 1) / n_B).sqrt()
             return segments.GroupStats(s.count_B, s.mean_B, std_B, s.tied_B)
 
-        monkeypatch.setattr(advantage, "group_stats", biased)
+        for module in (advantage, tree_advantage):
+            monkeypatch.setattr(module, "group_stats", biased)
     elif name == "no tie guard":
         stats = segments.group_stats
 
@@ -89,7 +101,8 @@ def _mutate(monkeypatch, name: str) -> None:
             s = stats(value_B, group_id_B, valid_B, tie_tol)
             return segments.GroupStats(s.count_B, s.mean_B, s.std_B, s.count_B < 1)
 
-        monkeypatch.setattr(advantage, "group_stats", guardless)
+        for module in (advantage, tree_advantage):
+            monkeypatch.setattr(module, "group_stats", guardless)
     elif name == "k3 upside down":
         monkeypatch.setattr(loss, "estimate_kl", lambda a, b, e: kl.estimate_kl(-a, -b, e))
     elif name == "denominator off by one percent":
@@ -105,8 +118,20 @@ def _mutate(monkeypatch, name: str) -> None:
         monkeypatch.setattr(
             copg, "_regularised_reward", lambda rows, beta: rows.centred(rows.score_N)
         )
+    elif name == "a branch counts by its leaves":
+        monkeypatch.setattr(tree, "sampling_weights", _share_of_leaves)
+    elif name == "dead leaves count":
+        monkeypatch.setattr(tree, "living", lambda t: torch.ones(len(t), dtype=torch.bool))
+    elif name == "every tree has a prompt of its own":
+        monkeypatch.setattr(tree, "merge_roots", lambda t: t)
     else:
         raise ValueError(name)
+
+
+def _share_of_leaves(t):
+    leaves_N = tree.sum_over_leaves(t, tree.living(t).double())
+    of_group = [leaves_N[(t.parent_N < 0) & (t.group_N == g)].sum() for g in t.group_N]
+    return leaves_N / torch.stack(of_group).clamp(min=1)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +156,33 @@ def test_a_mistake_in_the_shipped_code_is_noticed(monkeypatch, mistake, noticed_
     assert holds(noticed_by, "grpo")
     _mutate(monkeypatch, mistake)
     assert not holds(noticed_by, "grpo")
+
+
+RECURSION = "values and advantages of ragged trees = recursion in float64"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "algorithm", "noticed_by"),
+    [
+        ("population std", "branch_grpo", RECURSION),
+        ("every tree has a prompt of its own", "tree_rl", RECURSION),
+        ("no tie guard", "spo", "equal leaves give exactly 0"),
+        (
+            "a branch counts by its leaves",
+            "branch_grpo",
+            "an edge's share of the loss = its definition in loops",
+        ),
+        (
+            "dead leaves count",
+            "branch_grpo",
+            "an unscorable leaf: as if it had not been sampled",
+        ),
+    ],
+)
+def test_a_mistake_in_the_credit_of_trees_is_noticed(monkeypatch, mistake, algorithm, noticed_by):
+    assert holds(noticed_by, algorithm)
+    _mutate(monkeypatch, mistake)
+    assert not holds(noticed_by, algorithm)
 
 
 def test_a_property_that_cannot_be_measured_does_not_hold():

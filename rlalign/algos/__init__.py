@@ -41,6 +41,7 @@ from rlalign.algos.shaping import (
     overlong_penalty,
     reward_metrics,
 )
+from rlalign.algos.tree_pruning import edge_weights
 
 __all__ = [
     "AlgoError",
@@ -61,6 +62,7 @@ __all__ = [
     "compute_advantages",
     "couples_rows",
     "depends_on_split",
+    "edge_weights",
     "estimate_kl",
     "expansion",
     "explained_variance",

@@ -252,6 +252,14 @@ ERRORS += (
     ),
 )
 
+ERRORS += (
+    Rule(
+        lambda c: _grows_trees(c) and c.mismatch.rollout_is not in (None, "none", "auto", "token"),
+        "algo.mismatch.rollout_is={c.mismatch.rollout_is} with adv_estimator=tree: the edges of a "
+        "tree are no sequences, their weights are per token; use token",
+    ),
+)
+
 WARNINGS: tuple[Rule, ...] = (
     Rule(
         lambda c: c.loss_type == "copg" and (c.entropy_coef > 0 or c.kl_in != "loss"),

@@ -106,6 +106,7 @@ class FlowConfig:
     micro_batch_rows: int = option(
         1024, "States that go through the network together, in rollout and training.", ge=1
     )
+    pictures: int = option(2, "Trees of a step whose images the run directory keeps.", ge=0, le=4)
     eval_samples: int = option(16, "Images of a held-out prompt at an evaluation.", ge=1)
     mix: MixConfig = section(MixConfig, "Stochastic and deterministic steps mixed.")
     guidance: GuidanceConfig = section(GuidanceConfig, "Guidance.")

@@ -3,6 +3,7 @@
     completion   seed = blake2b(key = run seed; index, step, prompt id) mod 2^63
     noise        key  = blake2b(key = run seed, person "flow-noise"; tree, iteration, time, prompt
                                 id), 128 bits
+    segment      seed = as a completion's, person "segment"; its name in the tree, tree, step, id
 
 So a sample can be drawn again alone, on another engine or after a resume, and comes out the same.
 """
@@ -30,9 +31,21 @@ def noise_key(seed: int, prompt_id: str, tree: int, iteration: int, time: int) -
 def _digest(
     size: int, seed: int, fields: tuple[int, ...], prompt_id: str, person: bytes = b""
 ) -> bytes:
-    # The prompt id comes last: the other fields have a fixed width, so no two keys read alike.
+    # The prompt id comes last: what is before it has a known width, so no two keys read alike.
     message = b"".join(map(_int64, fields)) + prompt_id.encode()
     return hashlib.blake2b(message, digest_size=size, key=_int64(seed), person=person).digest()
+
+
+def segment_seed(seed: int, prompt_id: str, tree: int, name: tuple[int, ...], step: int) -> int:
+    """The seed, in [0, 2^63), of the segment `name` of tree number `tree`: see tree_rollout.py.
+
+    That of the first segment, (0,), is the seed of flat sample `tree`: a tree that never branches
+    is that sample.
+    """
+    if name == (0,):
+        return sample_seed(seed, prompt_id, tree, step)
+    fields = (len(name), *name, tree, step)
+    return int.from_bytes(_digest(8, seed, fields, prompt_id, person=b"segment"), "little") >> 1
 
 
 def _int64(value: int) -> bytes:

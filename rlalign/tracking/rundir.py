@@ -1,7 +1,7 @@
 """The run directory: everything a run leaves behind, each file written atomically or append-only.
 
 runs/<name>/
-  config.yaml  manifest.json  metrics.jsonl  rollouts/step_000012.jsonl
+  config.yaml  manifest.json  metrics.jsonl  rollouts/step_000012.jsonl  trees/step_000012.jsonl
   checkpoints/step_<n>/  result.json  report.html
 """
 
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class RunDir:
         self.path = path
         self.metrics = path / "metrics.jsonl"
         self.rollouts = path / "rollouts"
+        self.trees = path / "trees"
         self.checkpoints = path / "checkpoints"
         self.config = path / "config.yaml"
         self.manifest = path / "manifest.json"
@@ -75,6 +76,13 @@ class RunDir:
         """One JSON object a sample."""
         write_atomic(self.rollout_file(step), "".join(to_json(row) + "\n" for row in rows))
 
+    def write_trees(self, step: int, rows: Sequence[Mapping[str, Any]]) -> None:
+        """One JSON object a tree; no file where there are none."""
+        if rows:
+            self.trees.mkdir(exist_ok=True)
+            file = self.trees / self.rollout_file(step).name
+            write_atomic(file, "".join(to_json(row) + "\n" for row in rows))
+
     def write_result(self, result: Mapping[str, Any]) -> None:
         write_atomic(self.result, to_json(result, indent=2) + "\n")
 
@@ -103,7 +111,7 @@ class RunDir:
         """Forget what was recorded after `step`, before a resumed run records it again."""
         kept = [line for line in _whole_lines(self.metrics) if json.loads(line)["step"] <= step]
         write_atomic(self.metrics, "".join(line + "\n" for line in kept))
-        for file in self.rollouts.glob("step_*.jsonl"):
+        for file in (*self.rollouts.glob("step_*.jsonl"), *self.trees.glob("step_*.jsonl")):
             if int(file.stem.removeprefix("step_")) > step:
                 file.unlink()
 

@@ -12,6 +12,7 @@ import torch
 from rlalign import algos
 from rlalign.config import AlgoConfig
 from rlalign.errors import RlalignError
+from rlalign.trainer.token_trees import with_trees
 from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Group, Scores, TrainBatch
 
 
@@ -58,7 +59,8 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
     """Lay the samples of `groups` out as rows, in order; group i becomes group id i.
 
     `scores` hold one entry per sample in that order. Tokens of samples that could not be scored,
-    were aborted, or (with `mask_truncated_completions`) were cut off carry no gradient: mask 0.
+    were aborted, or (with `mask_truncated_completions`) were cut off carry no gradient: mask 0. For
+    samples that are leaves of trees see token_trees.py.
     """
     rows = [(i, group, sample) for i, group in enumerate(groups) for sample in group.samples]
     if len(rows) != len(scores.reward_B):
@@ -74,7 +76,7 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
     mask_BT = torch.arange(width)[None, :] < length_B[:, None]
     truncated_B = torch.tensor([reason == FINISH_LENGTH for reason in finish], dtype=torch.bool)
     sources = [sample.source_id for _, _, sample in rows]
-    return TrainBatch(
+    batch = TrainBatch(
         sequences=tuple(group.prompt.token_ids + sample.token_ids for _, group, sample in rows),
         completion_len_B=length_B,
         group_id_B=torch.tensor([i for i, _, _ in rows], dtype=torch.long),
@@ -84,6 +86,9 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
         group_weight_B=_weights([group.weight for _, group, _ in rows]),
         source_id_B=torch.tensor(sources) if any(sources) else None,
     )
+    if any(group.tree is not None for group in groups):
+        return with_trees(batch, groups, algo)
+    return batch
 
 
 def _weights(weights: Sequence[float]) -> torch.Tensor | None:

@@ -30,6 +30,7 @@ def check_config(config: Config) -> None:
         )
     _check_oversample(config)
     _check_allocation(config)
+    _check_trees(config)
     if config.rollout.engine in ("vllm", "server"):
         _check_vllm(config)
 
@@ -92,6 +93,58 @@ def _check_allocation(config: Config) -> None:
         f"and the trainer that does is busy with rollout.max_lag = {config.rollout.max_lag}: use "
         "rollout.max_lag=0, or allocator=uniform"
     )
+
+
+def _check_trees(config: Config) -> None:
+    """What goes with trees of tokens; those of a flow model grow elsewhere."""
+    rollout, algo, tree = config.rollout, config.algo, config.rollout.tree
+    of_tokens = tree.num_trees > 0
+    if of_tokens and algo.adv_estimator != "tree":
+        raise ConfigError(
+            f"rollout.tree.num_trees = {tree.num_trees} grows trees, and algo.adv_estimator="
+            f"{algo.adv_estimator} compares flat samples: use an algorithm for trees, e.g. "
+            "algo.loss_type=branch_grpo, or rollout.tree.num_trees=0"
+        )
+    if not of_tokens and algo.adv_estimator == "tree":
+        raise ConfigError(
+            f"algo.adv_estimator=tree (loss_type={algo.loss_type}) gives credit in trees, and "
+            "rollout.tree.num_trees = 0 grows none: set it, e.g. to 2; trees of a flow model come "
+            "with rollout.engine=flow"
+        )
+    if not of_tokens:
+        return
+    refused = {
+        f"rollout.engine={rollout.engine}": rollout.engine == "none",
+        f"task.completions={config.task.completions}": config.task.completions != "rollout",
+        f"rollout.max_lag = {rollout.max_lag}": rollout.max_lag > 0,
+    }
+    if wrong := [setting for setting, holds in refused.items() if holds]:
+        raise ConfigError(
+            f"{wrong[0]} does not go with trees of tokens (rollout.tree.num_trees = "
+            f"{tree.num_trees}), which are drawn from the policy of the step: use "
+            "rollout.engine=hf, vllm or server, task.completions=rollout and rollout.max_lag=0"
+        )
+    if not tree.branch_factor or min(tree.branch_factor) < 1:
+        raise ConfigError(
+            f"rollout.tree.branch_factor = {tree.branch_factor}: numbers of children, at least 1, "
+            "e.g. [2]"
+        )
+    compares_trees = algo.tree.scope == "prompt" or algo.tree.advantage == "leaves"
+    if _is_chain(config) and not compares_trees:
+        raise ConfigError(
+            "rollout.tree: these trees never branch, and algo.tree.scope=tree compares the "
+            "branches of a tree: raise branch_factor or max_leaves (num_rounds under surprisal), "
+            "or compare the trees of a prompt with algo.tree.scope=prompt"
+        )
+
+
+def _is_chain(config: Config) -> bool:
+    tree = config.rollout.tree
+    if tree.max_leaves == 1:
+        return True
+    if tree.segmenter == "surprisal":
+        return tree.num_rounds == 0
+    return max(tree.branch_factor[: tree.max_depth]) == 1
 
 
 def _check_completions(config: Config) -> None:

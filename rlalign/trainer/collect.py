@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -93,14 +93,28 @@ def roll_out(
     params: SamplingParams,
     world: World,
 ) -> Collected:
-    """Sample and score `requests` (request i belongs to prompt i), each process its share.
+    """Sample and score `requests` (request i belongs to prompt i), each process its share: see
+    `shared_out`."""
+
+    def draw(mine: slice) -> list[Group]:
+        samples = engine.generate(requests[mine], params)
+        return [Group(p, tuple(s)) for p, s in zip(prompts[mine], samples, strict=True)]
+
+    return shared_out(draw, scorer, prompts, world)
+
+
+def shared_out(
+    draw: Callable[[slice], list[Group]], scorer: Scorer, prompts: Sequence[Prompt], world: World
+) -> Collected:
+    """`draw` and score a group of each prompt, each process its slice of them.
 
     Every process returns the groups of all, in the order of `prompts`, and fails when one of them
     does (`World.agreed`).
     """
-    mine = slice(world.rank, None, world.size)
     with world.agreed("rollout"):
-        local = _sample_and_score(engine, scorer, prompts[mine], requests[mine], params)
+        start = time.perf_counter()
+        groups = draw(slice(world.rank, None, world.size))
+        local = scored(groups, scorer, time.perf_counter() - start)
     if world.size == 1:
         return local
     mine_encoded = wire.encode(local.groups, local.scores, local.figures())
@@ -121,19 +135,6 @@ def roll_out(
     return whole
 
 
-def _sample_and_score(
-    engine: RolloutEngine,
-    scorer: Scorer,
-    prompts: Sequence[Prompt],
-    requests: Sequence[GenerateRequest],
-    params: SamplingParams,
-) -> Collected:
-    start = time.perf_counter()
-    samples = engine.generate(requests, params)
-    groups = [Group(p, tuple(s)) for p, s in zip(prompts, samples, strict=True)]
-    return scored(groups, scorer, time.perf_counter() - start)
-
-
 def scored(groups: list[Group], scorer: Scorer, rollout_s: float) -> Collected:
     """Score groups that took `rollout_s` to draw."""
     start = time.perf_counter()
@@ -144,10 +145,14 @@ def scored(groups: list[Group], scorer: Scorer, rollout_s: float) -> Collected:
         Counter(scores.errors),
         rollout_s=rollout_s,
         reward_s=time.perf_counter() - start,
-        generated_tokens=sum(
-            len(s.token_ids) for group in groups for s in group.samples if not s.source_id
-        ),
+        generated_tokens=sum(_generated_tokens(group) for group in groups),
     )
+
+
+def _generated_tokens(group: Group) -> int:
+    if group.tree is not None:
+        return int(group.tree.num_actions_N.sum())
+    return sum(len(sample.token_ids) for sample in group.samples if not sample.source_id)
 
 
 def split_scores(scores: Scores, sizes: Sequence[int]) -> list[Scores]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from rlalign.algos.tree_shape import full_tree
 from rlalign.config import Config
 from rlalign.models.flow import take_rows
-from rlalign.rewards.images import ImageScorer, build_image_scorer
+from rlalign.rewards import Scorer, build_scorer
+from rlalign.rewards import check as check_rewards
 from rlalign.rollout.flow import FlowTrees, grow, make_plan
 from rlalign.rollout.flow_noise import TreeKey
-from rlalign.tasks import load_image_prompts
+from rlalign.tasks import load_prompts
 from rlalign.tracking.rundir import RunDir
 from rlalign.trainer.build import RewardFunctions, build_train_engine
 from rlalign.trainer.distributed import World
@@ -31,7 +32,12 @@ from rlalign.trainer.job import Run
 from rlalign.trainer.opening import Observers, open_run
 from rlalign.types import Prompt, Scores
 
-NUM_PREVIEWS = 2  # trees of a step whose pictures the report shows
+
+class Utf8:
+    """Stands in for a tokenizer: prompts of a flow model are read by its own text encoders."""
+
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [list(text.encode()) for text in texts]}
 
 
 @dataclass(kw_only=True)
@@ -39,7 +45,7 @@ class FlowJob(Run):
     """One run of a flow model."""
 
     policy: FlowPolicy
-    scorer: ImageScorer
+    scorer: Scorer
 
     def save_model(self, folder: Path) -> None:
         self.policy.save_pretrained(folder)
@@ -52,6 +58,7 @@ class FlowRollout:
     batch: FlowBatch
     prompts: list[Prompt]  # of the step, all processes
     scores: Scores
+    pictures: dict[int, Tensor]  # node of the first trees: image [C, H, W]
     rollout_s: float
     reward_s: float
 
@@ -68,9 +75,15 @@ def open_flow_job(
 
     def assemble(world: World, run_dir: RunDir, stack: ExitStack) -> FlowJob:
         with world.agreed("loading data and model"):
-            train = load_image_prompts(config.task, split="train", seed=config.seed)
-            held_out = load_image_prompts(config.task, split="eval") if config.task.eval else None
-            scorer = build_image_scorer(config.rewards, functions=reward_functions)
+            train = load_prompts(config.task, Utf8(), split="train", seed=config.seed)
+            held_out = load_prompts(config.task, Utf8(), split="eval") if config.task.eval else None
+            for prompts in (train, *([held_out] if held_out else [])):
+                check_rewards(
+                    config.rewards, prompts.columns, functions=reward_functions, images=True
+                )
+            scorer = build_scorer(
+                config.rewards, config.algo, 0, functions=reward_functions, images=True
+            )
             stack.callback(scorer.close)
             policy = FlowPolicy.from_config(config, device=world.device)
         make_plan(config.rollout.flow, 0, policy.time_grid(config.rollout.flow))
@@ -116,15 +129,20 @@ def roll_out(job: FlowJob, step: int) -> FlowRollout:
             flow,
             seed=config.seed,
             iteration=step,
-            num_previews=NUM_PREVIEWS if world.is_main else 0,
+            num_previews=min(flow.pictures, len(mine_r)) if world.is_main else 0,
         )
         middle = perf_counter()
         per_tree = plan.shape.num_leaves
         leaf_prompts = [prompt for prompt in used for _ in range(per_tree)]
-        scores = job.scorer.score(leaf_prompts, job.policy.decode(local.final_LX))
+        images_LCHW = job.policy.decode(local.final_LX)
+        scores = job.scorer.score_images(
+            leaf_prompts, images_LCHW, group_R[mine_r].repeat_interleave(per_tree)
+        )
+        pictures = _pictures(job, local, images_LCHW)
     end = perf_counter()
     batch = _shared(local, group_R, mine_r, scores, plan, cond, world)
-    return FlowRollout(batch, prompts, scores, middle - began, end - middle)
+    pictures = {int(batch.own_N[node]): image for node, image in pictures.items()}
+    return FlowRollout(batch, prompts, scores, pictures, middle - began, end - middle)
 
 
 def tree_keys(prompts: Sequence[Prompt], roots: int) -> tuple[list[TreeKey], Tensor]:
@@ -137,6 +155,22 @@ def tree_keys(prompts: Sequence[Prompt], roots: int) -> tuple[list[TreeKey], Ten
         seen[prompt.id] = first + roots
         keys += [(prompt.id, first + r) for r in range(roots)]
     return keys, torch.arange(len(prompts)).repeat_interleave(roots)
+
+
+def _pictures(job: FlowJob, local: FlowTrees, images_LCHW: Tensor) -> dict[int, Tensor]:
+    """Of the first trees, by local node: the leaves, and what the network saw coming at the root
+    and at each split's children (decoding every node of a large model would take too long)."""
+    shape = make_plan(job.config.rollout.flow, 0).shape
+    levels = shape.levels(len(local.tree.tree_N.unique()))
+    found = {}
+    for depth, preview_MX in enumerate(local.preview_DMX):
+        if len(preview_MX) and (depth == 0 or shape.factors[depth - 1] > 1):
+            images = job.policy.decode(preview_MX.to(job.world.device)).cpu()
+            found |= {levels[depth].start + i: image for i, image in enumerate(images)}
+    shown = len(local.preview_DMX[0]) * shape.num_leaves
+    return found | {
+        levels[-1].start + i: image.cpu() for i, image in enumerate(images_LCHW[:shown])
+    }
 
 
 def _shared(

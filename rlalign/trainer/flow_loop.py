@@ -16,7 +16,7 @@ from rlalign.rollout.flow import sample_ode
 from rlalign.trainer import record
 from rlalign.trainer.evaluate import EVAL_STEP, half_width
 from rlalign.trainer.flow_job import FlowJob, roll_out
-from rlalign.trainer.flow_record import leaf_rows, tree_metrics
+from rlalign.trainer.flow_record import flow_metrics, leaf_rows, picture_rows
 from rlalign.trainer.flow_update import flow_credit, update_flow
 from rlalign.trainer.loop import check_skipped, count_skipped, due, result
 from rlalign.trainer.schedule import lr_schedule
@@ -29,14 +29,14 @@ def run_flow(job: FlowJob) -> dict[str, Any]:
     if job.eval_prompts and not progress.eval_before:
         progress.eval_before = evaluate_flow(job)
     while progress.step < config.trainer.max_steps:
-        figures, rows = flow_step(job)
+        figures, rows, trees = flow_step(job)
         progress.step += 1
         progress.eval_after = {}  # of an earlier end of this run
         progress.wall_s = time.perf_counter() - start
         if due(progress.step, config.trainer.eval_every, config.trainer.max_steps):
             held_out = evaluate_flow(job)
             figures |= {f"eval/{config.task.eval}/{name}": v for name, v in held_out.items()}
-        job.record_step({"step": progress.step, **figures}, rows)
+        job.record_step({"step": progress.step, **figures}, rows, trees)
         check_skipped(job)
         if due(progress.step, config.trainer.checkpoint_every, config.trainer.max_steps):
             job.save_checkpoint()
@@ -47,8 +47,8 @@ def run_flow(job: FlowJob) -> dict[str, Any]:
     return job.finish(result(job))
 
 
-def flow_step(job: FlowJob) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One rollout batch and its optimizer steps; returns the step's figures and its leaf rows."""
+def flow_step(job: FlowJob) -> record.StepRecord:
+    """One rollout batch and its optimizer steps."""
     config, progress = job.config, job.progress
     step, began = progress.step, time.perf_counter()
     rollout = roll_out(job, step)
@@ -73,7 +73,7 @@ def flow_step(job: FlowJob) -> tuple[dict[str, float], list[dict[str, Any]]]:
         "step": updated.step_s,
         "total": time.perf_counter() - began,
     }
-    figures = tree_metrics(rollout, credit, config.algo)
+    figures = flow_metrics(rollout, credit, config.algo)
     leaves = trees * shape.num_leaves
     figures |= {
         "tree/calls_per_leaf/rollout": calls / leaves,
@@ -82,7 +82,8 @@ def flow_step(job: FlowJob) -> tuple[dict[str, float], list[dict[str, Any]]]:
     figures |= record.update_metrics(updated, lr, progress.version, 0)
     figures |= record.time_metrics(times_s, calls, updated.train_tokens)
     figures |= record.memory_metrics()
-    return figures, leaf_rows(step + 1, rollout, credit)
+    rows = leaf_rows(step + 1, rollout, credit)
+    return record.StepRecord(figures, rows, picture_rows(step + 1, rollout, credit))
 
 
 def evaluate_flow(job: FlowJob) -> dict[str, float]:
@@ -130,4 +131,6 @@ def _samples(job: FlowJob, prompts: list) -> tuple[Tensor, Any]:
         sigma_T1=job.policy.time_grid(flow),
     )
     images = job.policy.decode(x0_NX)
-    return images, job.scorer.score(prompts, images)
+    return images, job.scorer.score_images(
+        prompts, images, torch.zeros(len(prompts), dtype=torch.long)
+    )

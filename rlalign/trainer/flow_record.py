@@ -1,5 +1,5 @@
-"""What one step of a flow run leaves behind: figures, and a row for each leaf. Names:
-docs/metrics.md."""
+"""What one step of a flow run leaves behind: figures, a row for each leaf, and the first trees with
+their images. Names: docs/metrics.md."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import torch
 from rlalign import algos
 from rlalign.algos.branch_grpo import TreeCredit
 from rlalign.config import AlgoConfig
+from rlalign.tracking.png import data_uri
+from rlalign.trainer.record_trees import tree_metrics, tree_rows
 
 if TYPE_CHECKING:
     from rlalign.trainer.flow_job import FlowRollout
 
 
-def tree_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> dict[str, float]:
+def flow_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> dict[str, float]:
     """Reward figures of the leaves of all trees, and what the trees say about their splits."""
     batch, scores = rollout.batch, rollout.scores
     tree, shape = batch.tree, batch.plan.shape
@@ -30,15 +32,19 @@ def tree_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> 
             metrics[f"rewards/{name}/mean"] = float(known.mean())
     for kind, count in scores.errors.items():
         metrics[f"rewards/errors/{kind}"] = float(count)
-    metrics |= {
-        "tree/leaves": float(leaves.stop - leaves.start),
-        "tree/nodes": float(len(tree)),
-        "tree/kept_edges": float(credit.keep_N.sum()),
-    }
-    for depth, share in algos.explained_variance(tree, credit.value_N).items():
-        if depth and shape.factors[depth - 1] > 1:
-            metrics[f"tree/explained_variance/{depth}"] = share
-    return metrics
+    of_trees = tree_metrics(tree, credit)
+    for depth in range(1, shape.num_steps + 1):
+        if shape.factors[depth - 1] == 1:  # the same as the depth before
+            of_trees.pop(f"tree/explained_variance/{depth}", None)
+    return metrics | of_trees
+
+
+def picture_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[str, Any]]:
+    """The lines of the first trees, as the file of trees has them; images are data URIs."""
+    images: list[str | None] = [None] * len(rollout.batch.tree)
+    for node, image_CHW in rollout.pictures.items():
+        images[node] = data_uri(image_CHW)
+    return list(tree_rows(step, rollout.batch.tree, credit, rollout.prompts, {"image": images}))
 
 
 def leaf_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[str, Any]]:

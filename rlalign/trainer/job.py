@@ -66,13 +66,19 @@ class Run:
             for observer in self.observers:
                 observer.stage(text)
 
-    def record_step(self, figures: dict[str, float], rows: Sequence[Mapping[str, Any]]) -> None:
-        """Metrics line, sample file, observers: on the main process."""
+    def record_step(
+        self,
+        figures: dict[str, float],
+        rows: Sequence[Mapping[str, Any]],
+        trees: Sequence[Mapping[str, Any]] = (),
+    ) -> None:
+        """Metrics line, sample file, file of trees, observers: on the main process."""
         with self.world.agreed(f"record of step {int(figures['step'])}"):
             if not self.world.is_main:
                 return
             if self.config.tracking.save_rollouts:
                 self.run_dir.write_rollouts(int(figures["step"]), rows)
+                self.run_dir.write_trees(int(figures["step"]), trees)
             self.run_dir.append_metrics(figures)
             for observer in self.observers:
                 observer.step(figures, rows)

@@ -22,6 +22,7 @@ from rlalign.trainer.batch import check_versions, make_train_batch, oldest_versi
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
 from rlalign.trainer.job import Job, Progress
 from rlalign.trainer.publish import check_engine, publish
+from rlalign.trainer.record_trees import token_trees_record
 from rlalign.trainer.schedule import lr_schedule
 from rlalign.trainer.update import UpdateResult, prepare, sequence_logp, update
 
@@ -43,7 +44,7 @@ def run(job: Job) -> dict[str, Any]:
     again = functools.partial(publish_again, job)
     with closing(RolloutsAhead(job, again)) as rollouts:
         while progress.step < config.trainer.max_steps:
-            figures, rows = train_step(job, rollouts)
+            figures, rows, trees = train_step(job, rollouts)
             progress.step += 1
             progress.eval_after = {}  # of an earlier end of this run
             progress.wall_s = time.perf_counter() - start
@@ -51,7 +52,7 @@ def run(job: Job) -> dict[str, Any]:
                 rollouts.settle()
                 held_out = evaluate(job).metrics
                 figures |= {f"eval/{config.task.eval}/{name}": v for name, v in held_out.items()}
-            job.record_step({"step": progress.step, **figures}, rows)
+            job.record_step({"step": progress.step, **figures}, rows, trees)
             check_skipped(job)
             if due(progress.step, config.trainer.checkpoint_every, config.trainer.max_steps):
                 job.save_checkpoint()
@@ -67,8 +68,8 @@ def due(step: int, every: int, last: int) -> bool:
     return every > 0 and step % every == 0 and step != last
 
 
-def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One rollout batch and its optimizer steps; returns the step's figures and its sample rows."""
+def train_step(job: Job, rollouts: RolloutsAhead) -> record.StepRecord:
+    """One rollout batch and its optimizer steps."""
     config, progress = job.config, job.progress
     step = progress.step
     began, waited_s = time.perf_counter(), rollouts.waited_s
@@ -83,7 +84,7 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
 
     marks = [time.perf_counter()]
     batch = make_train_batch(groups, scores, config.algo)
-    batch = prepare(job.engine, batch, scores.acc_B, config, job.world, job.reference)
+    batch = prepare(job.engine, batch, scores.acc_B, config, job.world, job.reference, step)
     marks.append(time.perf_counter())
 
     lr = lr_schedule(step, config.trainer.optim, config.trainer.max_steps)
@@ -118,9 +119,10 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> tuple[dict[str, float], lis
     if config.rollout.oversample > 1:
         figures["sampling/carried_groups"] = float(len(drawn.carried))
     figures |= record.time_metrics(times_s, collected.generated_tokens, updated.train_tokens)
-    figures |= record.memory_metrics()
-    figures |= drawn.figures
-    return figures, list(record.sample_rows(progress.step + 1, groups, scores, batch))
+    of_trees, trees = token_trees_record(step, batch, groups, config, job.tokenizer.decode)
+    figures |= record.memory_metrics() | drawn.figures | of_trees
+    rows = list(record.sample_rows(step + 1, groups, scores, batch))
+    return record.StepRecord(figures, rows, trees)
 
 
 def publish_weights(job: Job, version: int) -> float:

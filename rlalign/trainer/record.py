@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from rlalign import algos
 from rlalign.config import AlgoConfig
+from rlalign.trainer.record_trees import places_in_trees
 from rlalign.trainer.update import UpdateResult
 from rlalign.types import FINISH_LENGTH, Group, Scores, TrainBatch
+
+
+class StepRecord(NamedTuple):
+    """What a step leaves in the run directory."""
+
+    figures: dict[str, float]
+    rows: list[dict[str, Any]]  # one a sample
+    trees: list[dict[str, Any]]  # of the first ones, where there are any
 
 
 def sample_metrics(
@@ -73,12 +83,14 @@ def peak_rss_bytes() -> int:
 def sample_rows(
     step: int, groups: Sequence[Group], scores: Scores, batch: TrainBatch
 ) -> Iterator[dict[str, Any]]:
-    """One row a sample for the rollouts file; advantage is the mean over the sample's tokens."""
+    """One row a sample for the rollouts file, a leaf with its place in the tree; advantage is the
+    mean over the sample's tokens."""
     assert batch.advantage_BT is not None
     count_B = batch.completion_len_B.clamp(min=1)
     advantage_B = (batch.advantage_BT.sum(dim=1) / count_B).tolist()
+    places = places_in_trees(groups) if batch.tree is not None else itertools.repeat({})
     rows = ((group, sample) for group in groups for sample in group.samples)
-    for i, (group, sample) in enumerate(rows):
+    for i, ((group, sample), place) in enumerate(zip(rows, places, strict=False)):
         yield {
             "step": step,
             "prompt_id": sample.prompt_id,
@@ -94,6 +106,7 @@ def sample_rows(
             "acc": _json_number(scores.acc_B[i]),
             "rewards": {n: _json_number(v_B[i]) for n, v_B in scores.by_function.items()},
             "advantage": advantage_B[i],
+            **place,
         }
 
 

@@ -7,6 +7,7 @@ and belong to no batch yet (`carried`), which is what a checkpoint needs.
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 import threading
@@ -23,7 +24,8 @@ from rlalign.rollout.engine import (
     SamplingParams,
     WeightsLost,
 )
-from rlalign.trainer.collect import Collected, make_requests, roll_out, scored
+from rlalign.rollout.tree_rollout import grow_trees
+from rlalign.trainer.collect import Collected, make_requests, roll_out, scored, shared_out
 from rlalign.trainer.job import Job
 from rlalign.types import Group, Prompt, Sample
 
@@ -32,8 +34,8 @@ GRACE_S = 60.0  # beyond the deadline of a stream, which says by itself that it 
 
 class GroupSource(Protocol):
     """`next` gives the scored groups of `count` prompts for the batch of `step`; `seen` counts each
-    prompt's samples in that batch. `extra`: what belongs to the batch besides, once it is full.
-    What was given since the last `commit` comes again after `rewind`."""
+    prompt's samples (or trees) in that batch. `extra`: what belongs to the batch besides, once it
+    is full. What was given since the last `commit` comes again after `rewind`."""
 
     cursor: int
 
@@ -93,11 +95,30 @@ class InOrder(Uniform):
 
     def next(self, count: int, step: int, seen: Counter[str]) -> Collected:
         job, prompts = self._job, self._prompts(count)
+        if job.config.rollout.tree.num_trees:
+            return self._grow(prompts, step, seen)
         counts = [job.config.algo.num_generations] * count
         requests = make_requests(prompts, counts, job.config.seed, step, seen)
         with job.sampling():
             params = sampling_params(job)
             return roll_out(self._engine, job.scorer, prompts, requests, params, job.world)
+
+    def _grow(self, prompts: list[Prompt], step: int, seen: Counter[str]) -> Collected:
+        """`seen` counts trees."""
+        job, cfg, first_tree = self._job, self._job.config.rollout.tree, []
+        for prompt in prompts:
+            first_tree.append(seen[prompt.id])
+            seen[prompt.id] += cfg.num_trees
+        decode = functools.partial(job.tokenizer.decode, skip_special_tokens=True)
+
+        def draw(mine: slice) -> list[Group]:
+            return grow_trees(
+                self._engine, prompts[mine], first_tree[mine], cfg, sampling_params(job), decode,
+                seed=job.config.seed, step=step,
+            )  # fmt: skip
+
+        with job.sampling():
+            return shared_out(draw, job.scorer, prompts, job.world)
 
     def _prompts(self, count: int) -> list[Prompt]:
         """The next ones, those carried over first."""

@@ -20,6 +20,7 @@ from rlalign.algos.copg import entropy_metric
 from rlalign.algos.metrics import Metrics
 from rlalign.config import Config
 from rlalign.rollout.seeds import sample_seed
+from rlalign.trainer import token_trees
 from rlalign.trainer.batch import bare_batch
 from rlalign.trainer.coupled import groups_as_rows, rows_of_groups, slopes
 from rlalign.trainer.distributed import World
@@ -52,10 +53,12 @@ def prepare(
     config: Config,
     world: World,
     reference: ReferenceLogps | None = None,
+    step: int = 0,
 ) -> TrainBatch:
     """Attach old and reference log-probs where the algorithm needs them, then the advantages.
 
     `reference` holds the reference log-probs of all that can come; None: a model computes them.
+    `step`, from 0, decides what of a tree is pruned.
     """
     algo = config.algo
     batch = add_log_probs(engine, batch, config, world, reference)
@@ -65,6 +68,8 @@ def prepare(
             batch.logp_old_BT, batch.logp_rollout_BT, batch.mask_BT, algo
         )
         batch = batch.replace(rollout_is_weight_BT=weight_BT)
+    if algo.adv_estimator == "tree":
+        return token_trees.with_credit(batch, config, step)
     kl_BT = None
     if algos.needs_reference(algo) and algo.kl_in == "reward":
         assert batch.logp_old_BT is not None and batch.logp_ref_BT is not None
@@ -110,10 +115,11 @@ def update(
 
 def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[list[int]]:
     """Row indices of each optimizer step; several are shuffled, keyed by seed, step, iteration.
-    Rows that depend on each other stay together, and those of a prompt where prompts are weighed:
-    with rows in three steps it would count three times."""
+    Rows that depend on each other stay together, those of trees, and those of a prompt where
+    prompts are weighed: with rows in three steps it would count three times."""
     units = [[row] for row in range(len(batch))]
-    if algos.couples_rows(config.algo) or config.algo.prompt_weighting != "sample":
+    by_prompt = batch.tree is not None or config.algo.prompt_weighting != "sample"
+    if by_prompt or algos.couples_rows(config.algo):
         units = rows_of_groups(batch)
     parts = min(config.algo.num_minibatches, max(len(units), 1))
     for iteration in range(config.algo.num_iterations):
@@ -129,6 +135,8 @@ def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[list[i
 
 def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
     """Attach each token's part of the loss over this minibatch of all processes, times `share`."""
+    if minibatch.tree is not None:
+        return token_trees.with_weights(minibatch, config.algo)
     return algos.attach_weights(
         minibatch,
         config.algo,

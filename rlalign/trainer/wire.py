@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from rlalign.types import Group, Prompt, Sample, Scores, VersionSpan
+from rlalign.types import Group, Prompt, Sample, Scores, Tree, VersionSpan
 
 LENGTH_BYTES = 8
+REALS = ("reward_N", "logp_N")  # of a tree; the others are integers
 
 
 def encode(groups: Sequence[Group], scores: Sequence[Scores], figures: dict[str, Any]) -> bytes:
@@ -24,6 +25,7 @@ def encode(groups: Sequence[Group], scores: Sequence[Scores], figures: dict[str,
     header = {
         "figures": figures,
         "groups": [len(group.samples) for group in groups],
+        "trees": [_tree_header(group) for group in groups],
         "samples": [_sample_header(sample) for sample in samples],
         "scores": [_scores_header(score) for score in scores],
     }
@@ -44,8 +46,8 @@ def decode(
     logps = np.frombuffer(payload, np.float64, total, start + 4 * total).tolist()
     samples = _samples(header["samples"], tokens, logps)
     groups = [
-        Group(prompt, tuple(next(samples) for _ in range(size)))
-        for prompt, size in zip(prompts, header["groups"], strict=True)
+        Group(prompt, tuple(next(samples) for _ in range(size)), **_tree(tree))
+        for prompt, size, tree in zip(prompts, header["groups"], header["trees"], strict=True)
     ]
     return groups, [_scores(entry) for entry in header["scores"]], header["figures"]
 
@@ -84,6 +86,24 @@ def _samples(entries: list[dict[str, Any]], tokens: list, logps: list) -> Iterat
             source_id=entry["source_id"],
         )
         at = end
+
+
+def _tree_header(group: Group) -> dict[str, Any] | None:
+    if group.tree is None:
+        return None
+    tensors = {name: getattr(group.tree, name).tolist() for name in Tree.__slots__}
+    return {"paths": group.paths, **tensors}
+
+
+def _tree(header: dict[str, Any] | None) -> dict[str, Any]:
+    """The fields of a group."""
+    if header is None:
+        return {}
+    tensors = {
+        name: torch.tensor(header[name], dtype=torch.float32 if name in REALS else torch.int64)
+        for name in Tree.__slots__
+    }
+    return {"tree": Tree(**tensors), "paths": tuple(map(tuple, header["paths"]))}
 
 
 def _scores_header(scores: Scores) -> dict[str, Any]:

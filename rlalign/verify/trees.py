@@ -84,7 +84,7 @@ def rearranged(tree: Tree, order_N: Tensor) -> Tree:
 
 def without_dead(tree: Tree) -> tuple[Tree, Tensor]:
     """The tree without its dead nodes, and which are left."""
-    alive_N = trees.living(tree)
+    alive_N = torch.tensor([n.leaves() != [] for n in reference.linked(tree)])
     left = alive_N.nonzero()[:, 0]
     place_N = alive_N.long().cumsum(0) - 1
     parent_N = tree.parent_N[left]

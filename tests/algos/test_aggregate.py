@@ -130,8 +130,15 @@ def gradient(model: TinyPolicy, batch: TrainBatch, config: AlgoConfig, parts) ->
 SPLITS = [[[0, 1, 2], [3, 4, 5, 6, 7]], [[7], [3, 5], [0, 6, 1], [2, 4]], [[i] for i in range(8)]]
 
 
-# CoPG takes whole groups: tests/trainer/test_copg.py
-@pytest.mark.parametrize("name", [n for n in algos.names() if not algos.get(n).couples_rows])
+# CoPG takes whole groups (tests/trainer/test_copg.py), trees weigh edges (test_tree_pruning.py)
+ROW_BY_ROW = [
+    name
+    for name in algos.names()
+    if not algos.get(name).couples_rows and algos.get(name).defaults.get("adv_estimator") != "tree"
+]
+
+
+@pytest.mark.parametrize("name", ROW_BY_ROW)
 def test_the_gradient_of_a_model_does_not_depend_on_the_split(name):
     config = algos.resolve(AlgoConfig(loss_type=name, beta=0.0), engine_shares_parameters=False)
     batch, model = random_batch(), TinyPolicy()

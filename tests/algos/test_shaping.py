@@ -35,7 +35,7 @@ def test_the_published_setting():
 
 def test_a_buffer_of_zero_is_off_and_one_over_the_limit_is_an_error():
     assert algos.overlong_penalty(torch.tensor([999]), 10, 0, 1.0).tolist() == [0.0]
-    with pytest.raises(AlgoError, match="overlong.buffer_len=11"):
+    with pytest.raises(AlgoError, match=r"overlong\.buffer_len=11"):
         algos.overlong_penalty(torch.tensor([5]), 10, 11, 1.0)
 
 

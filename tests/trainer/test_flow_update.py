@@ -7,7 +7,6 @@ import math
 
 import pytest
 import torch
-from rlalign.models.flow import FlowModel
 from torch import nn
 
 import rlalign
@@ -15,6 +14,7 @@ from rlalign import algos
 from rlalign.algos.errors import AlgoError
 from rlalign.algos.tree_pruning import edge_weights
 from rlalign.config import Config, ConfigError
+from rlalign.models.flow import FlowModel
 from rlalign.rollout.flow import grow, make_plan, sde_steps
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TorchEngine

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlalign.config.schema import AlgoConfig
+from rlalign.config.schema import AlgoConfig, TokenTreeConfig
 from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams, WeightsLost
 from rlalign.trainer import sources
 from rlalign.trainer.sources import AsTheyEnd, InOrder
@@ -81,7 +81,7 @@ def make_job(max_lag: int = 1, oversample: float = 2.0, **progress: Any) -> Any:
 
     rollout = SimpleNamespace(
         max_completion_length=4, temperature=1.0, top_p=1.0, top_k=0, max_lag=max_lag,
-        oversample=oversample, server=SimpleNamespace(timeout_s=5.0),
+        oversample=oversample, server=SimpleNamespace(timeout_s=5.0), tree=TokenTreeConfig(),
     )  # fmt: skip
     return SimpleNamespace(
         config=SimpleNamespace(rollout=rollout, algo=AlgoConfig(num_generations=2), seed=3),
