@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, UMT5Config
+from transformers import CLIPTextConfig, T5Config, UMT5Config
 from transformers.utils import logging
 
 from rlalign.models.errors import ModelError
@@ -163,8 +163,8 @@ def _vae(diffusers: Any) -> nn.Module:
     )
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = build_tokenizer(TEXT_LENGTH)
+def _tokenizer() -> Any:
+    tokenizer: Any = build_tokenizer(TEXT_LENGTH)
     end = [(EOS, tokenizer.eos_token_id)]  # where CLIP pools a text
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {EOS}", None, end)
     return tokenizer
