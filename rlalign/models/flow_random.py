@@ -120,7 +120,7 @@ def _wan() -> Any:
         freq_dim=32,
         ffn_dim=48,
         num_layers=2,
-        rope_max_seq_len=32,
+        rope_max_seq_len=64,
     )
     vae = diffusers.AutoencoderKLWan(
         base_dim=4,

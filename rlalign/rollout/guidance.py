@@ -23,11 +23,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlalign.models.flow import Condition, take_rows
+from rlalign.config.schema import GuidanceConfig
+from rlalign.models.flow import Condition, FlowModel, take_rows
 from rlalign.rollout.flow_steps import FlowError, predict_x0
 
 Velocity = Callable[[Tensor, Tensor, Condition], Tensor]  # (z_NX, sigma_N, cond) -> v_NX
 NullCondition = Callable[[int], Condition]
+
+
+def guide(model: FlowModel, config: GuidanceConfig) -> Velocity:
+    """The velocity of `model`, guided as a run is configured.
+
+    Raises FlowError for kind gfcg: a classifier has no name in a config (`ClassifierGuidance`).
+    """
+    if config.kind == "cfg":
+        return classifier_free(model, model.null_condition, config.scale)
+    if config.kind == "embedded":
+        return embedded(model, config.scale)
+    if config.kind == "none":
+        return model
+    raise FlowError(
+        f"rollout.flow.guidance.kind={config.kind} needs a classifier: make a ClassifierGuidance "
+        "of it (rlalign.rollout.guidance), or use kind=cfg"
+    )
 
 
 def classifier_free(

@@ -3,9 +3,11 @@ their images. Names: docs/metrics.md."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from rlalign import algos
 from rlalign.algos.branch_grpo import TreeCredit
@@ -15,6 +17,8 @@ from rlalign.trainer.record_trees import tree_metrics, tree_rows
 
 if TYPE_CHECKING:
     from rlalign.trainer.flow_job import FlowRollout
+
+THUMBNAIL = 128  # pixels: a run keeps dozens of images a step
 
 
 def flow_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> dict[str, float]:
@@ -42,8 +46,8 @@ def flow_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> 
 def picture_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[str, Any]]:
     """The lines of the first trees, as the file of trees has them; images are data URIs."""
     images: list[str | None] = [None] * len(rollout.batch.tree)
-    for node, image_CHW in rollout.pictures.items():
-        images[node] = data_uri(image_CHW)
+    for node, image in rollout.pictures.items():
+        images[node] = data_uri(_thumbnail(image))
     return list(tree_rows(step, rollout.batch.tree, credit, rollout.prompts, {"image": images}))
 
 
@@ -72,6 +76,13 @@ def leaf_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[
             }
         )
     return rows
+
+
+def _thumbnail(image: torch.Tensor) -> torch.Tensor:
+    """[C, H, W] of at most `THUMBNAIL` pixels a side; of a video the frame in its middle."""
+    image_CHW = image if image.ndim == 3 else image[len(image) // 2]
+    factor = math.ceil(max(image_CHW.shape[1:]) / THUMBNAIL)
+    return F.avg_pool2d(image_CHW, factor, ceil_mode=True) if factor > 1 else image_CHW
 
 
 def _number(value: torch.Tensor) -> float | None:
