@@ -104,7 +104,7 @@ def test_pictures_of_videos_and_of_large_images_are_small_frames(tmp_path):
     path = rlalign.train(config, quiet=True).path
     [file] = (path / "trees").iterdir()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    pictures = [row["image"] for row in rows if row.get("image")]
+    pictures = [image for row in rows for image in row["nodes"]["image"] if image]
     assert pictures
     png = base64.b64decode(pictures[0].partition(",")[2])
     assert struct.unpack(">II", png[16:24]) == (72, 8)  # half of 144 x 16
