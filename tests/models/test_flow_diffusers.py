@@ -203,6 +203,22 @@ def test_a_saved_folder_differs_in_the_transformer_only(family, folders, model, 
 
 
 @torch.no_grad()
+def test_weights_in_one_storage_are_saved_in_shards(folders, tmp_path, monkeypatch):
+    """Engines hold all parameters as views of one flat tensor."""
+    monkeypatch.setattr("rlalign.models.pipeline.SHARD_SIZE", "100KB")
+    model = load_flow_model(str(folders["flux"]))
+    weights = list(model.parameters())
+    flat = torch.cat([w.flatten() for w in weights])
+    for weight, part in zip(weights, flat.split([w.numel() for w in weights]), strict=True):
+        weight.data = part.view(weight.shape)
+    model.save_pretrained(tmp_path)
+    files = [file.stat().st_size for file in (tmp_path / "transformer").glob("*.safetensors")]
+    assert len(files) == 4 and sum(files) < 1.1 * flat.numel() * 4
+    theirs = pipeline_of("flux", tmp_path).transformer.state_dict()
+    assert all(torch.equal(w, theirs[name]) for name, w in model.transformer.state_dict().items())
+
+
+@torch.no_grad()
 def test_adapters_begin_as_nothing_and_are_saved_merged_and_alone(family, folders, tmp_path):
     model = load_flow_model(str(folders[family]), image=image_of(family))
     z, sigma = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.8])
