@@ -4,8 +4,8 @@ The transformer alone is the policy. Text encoders and VAE stand around it, froz
 module tree, so no engine casts, partitions or saves them, and copies of a model share them.
 
 The scheduler is asked for its grid and never to take a step: `step` counts its own calls and rounds
-to the network's dtype. Where `rollout.flow.shift` is set the grid is the sampler's own; unset, it is
-the one on which the pipeline itself samples T steps:
+to the network's dtype. Where `rollout.flow.shift` is set the grid is the sampler's own; unset, it
+is the one on which the pipeline itself samples T steps:
 
     SD3Flow    set_timesteps(T), shifted as the scheduler's config says (by 3 for SD 3.5); its last
                step is much shorter than that of the sampler's grid
@@ -138,7 +138,7 @@ class PipelineFlow(FlowModel):
         return read_index(self.folder)
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write a folder that `load_flow_model` and diffusers read: see `pipeline.save_pipeline`."""
+        """Write a folder that `load_flow_model` and diffusers read (`pipeline.save_pipeline`)."""
         save_pipeline(self.pipeline, self.folder, Path(folder))
 
     def shape_of(self, image: ImageConfig) -> tuple[int, ...]:

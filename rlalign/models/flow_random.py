@@ -1,4 +1,4 @@
-"""Randomly initialised miniature pipelines of diffusers as complete folders: for tests and dry runs.
+"""Random miniature pipelines of diffusers as complete folders: for tests and dry runs.
 
 They are of the very classes of Stable Diffusion 3, FLUX.1-dev and Wan 2.1, with scale factors of
 their own, so what works on them read every size from a config.
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import CLIPTextConfig, PreTrainedTokenizerFast, T5Config, UMT5Config
+from transformers import CLIPTextConfig, T5Config, UMT5Config
 from transformers.utils import logging
 
 from rlalign.models.errors import ModelError
@@ -120,7 +120,7 @@ def _wan() -> Any:
         freq_dim=32,
         ffn_dim=48,
         num_layers=2,
-        rope_max_seq_len=32,
+        rope_max_seq_len=64,
     )
     vae = diffusers.AutoencoderKLWan(
         base_dim=4,
@@ -163,8 +163,8 @@ def _vae(diffusers: Any) -> nn.Module:
     )
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
-    tokenizer = build_tokenizer(TEXT_LENGTH)
+def _tokenizer() -> Any:
+    tokenizer: Any = build_tokenizer(TEXT_LENGTH)
     end = [(EOS, tokenizer.eos_token_id)]  # where CLIP pools a text
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(f"$A {EOS}", None, end)
     return tokenizer

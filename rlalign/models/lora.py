@@ -1,4 +1,5 @@
-"""Low-rank adapters (PEFT) inside a model of transformers or diffusers: attach, switch off, and merge while reading.
+"""Low-rank adapters (PEFT) in a model of transformers or diffusers: attach, switch off, and merge
+while reading.
 
 W' = W + (alpha / rank) B A        Hu et al. 2021, arXiv 2106.09685, section 4.1
 """

@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.utils import logging
 
@@ -29,6 +30,7 @@ NETWORK = "transformer"  # the component that is trained
 CONFIG_FILE = "config.json"
 ADAPTER_FOLDER = "adapter"
 WEIGHTS_PATTERN = "diffusion_pytorch_model{suffix}.safetensors"
+SHARD_SIZE = "5GB"
 
 
 @cache
@@ -51,8 +53,8 @@ def import_diffusers() -> ModuleType:
         ) from error
     finally:
         logging.set_verbosity(before)
-    diffusers.logging.set_verbosity_error()  # it would remark on every long prompt
-    diffusers.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()  # it would remark on every long prompt
+    diffusers.utils.logging.disable_progress_bar()
     return diffusers
 
 
@@ -84,9 +86,8 @@ def load_pipeline(
         network, loaded = network_class.from_pretrained(
             folder / NETWORK, torch_dtype=dtypes["default"], output_loading_info=True, **options
         )
-        parts = {NETWORK: network}
         pipeline = getattr(diffusers, name).from_pretrained(
-            folder, dtype=dtypes, **parts, **options
+            folder, dtype=dtypes, **{NETWORK: network}, **options
         )
     except (*LOAD_ERRORS, AttributeError, TypeError) as error:
         raise ModelError(
@@ -128,7 +129,23 @@ def save_pipeline(pipeline: Any, source: Path, target: Path) -> None:
             transformer_lora_layers=adapters,
             transformer_lora_adapter_metadata=network.peft_config[ADAPTER].to_dict(),
         )
-    save_torch_state_dict(weights, target / NETWORK, filename_pattern=WEIGHTS_PATTERN)
+    _write_weights(weights, target / NETWORK)
+
+
+def _write_weights(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """As diffusers does, in shards. An engine may hold all tensors in one storage, which must not
+    be taken for tied weights, so each is copied, a shard at a time."""
+    sizes = {name: value.to("meta") for name, value in weights.items()}
+    plan = split_torch_state_dict_into_shards(
+        sizes, filename_pattern=WEIGHTS_PATTERN, max_shard_size=SHARD_SIZE
+    )
+    for file, names in plan.filename_to_tensors.items():
+        shard = {name: weights[name].detach().to("cpu", copy=True).contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        file = WEIGHTS_PATTERN.format(suffix="") + ".index.json"
+        (folder / file).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _link(source: str, target: str) -> None:

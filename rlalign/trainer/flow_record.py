@@ -3,9 +3,11 @@ their images. Names: docs/metrics.md."""
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 
 from rlalign import algos
 from rlalign.algos.branch_grpo import TreeCredit
@@ -16,6 +18,8 @@ from rlalign.types import POLICY, Tree
 
 if TYPE_CHECKING:
     from rlalign.trainer.flow_job import FlowRollout
+
+THUMBNAIL = 128  # pixels: a run keeps dozens of images a step
 
 
 def flow_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> dict[str, float]:
@@ -43,8 +47,8 @@ def flow_metrics(rollout: FlowRollout, credit: TreeCredit, algo: AlgoConfig) -> 
 def picture_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[str, Any]]:
     """The lines of the first trees, as the file of trees has them; images are data URIs."""
     images: list[str | None] = [None] * len(rollout.batch.tree)
-    for node, image_CHW in rollout.pictures.items():
-        images[node] = data_uri(image_CHW)
+    for node, image in rollout.pictures.items():
+        images[node] = data_uri(_thumbnail(image))
     return list(tree_rows(step, rollout.batch.tree, credit, rollout.prompts, {"image": images}))
 
 
@@ -84,6 +88,13 @@ def _last_choice(tree: Tree) -> torch.Tensor:
         above = (tree.kind_N[at_N] != POLICY) & (tree.parent_N[at_N] >= 0)
         at_N = torch.where(above, tree.parent_N[at_N], at_N)
     return at_N
+
+
+def _thumbnail(image: torch.Tensor) -> torch.Tensor:
+    """[C, H, W] of at most `THUMBNAIL` pixels a side; of a video the frame in its middle."""
+    image_CHW = image if image.ndim == 3 else image[len(image) // 2]
+    factor = math.ceil(max(image_CHW.shape[1:]) / THUMBNAIL)
+    return F.avg_pool2d(image_CHW, factor, ceil_mode=True) if factor > 1 else image_CHW
 
 
 def _number(value: torch.Tensor) -> float | None:

@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 
 from rlalign.config import ModelConfig
 from rlalign.models.load import ModelError, load_causal_lm, load_tokenizer, resolve_model_path
@@ -128,3 +129,26 @@ def test_mini_names_a_task_that_is_built_in():
 
     with pytest.raises(RlalignError, match="chain"):
         resolve_model_path("mini:chess", 0)
+
+
+def test_of_a_pipeline_on_the_hub_only_its_parts_are_fetched(tmp_path, monkeypatch):
+    index = {"_class_name": "FluxPipeline", "vae": ["diffusers", "AutoencoderKL"], "odd": None}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    there = ["model_index.json", "vae/config.json", "vae/a.safetensors", "vae/a.fp16.safetensors"]
+    there += ["flux1-dev.safetensors", "ae.safetensors", "odd/b.json", "vae/a.bin"]
+    asked = []
+
+    def download(name, *, allow_patterns, ignore_patterns, **_):
+        asked.append(
+            list(
+                filter_repo_objects(
+                    there, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+                )
+            )
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("rlalign.models.load.hub_problem", lambda: None)
+    assert resolve_model_path("owner/a-pipeline", 0) == str(tmp_path)
+    assert asked == [there[:1], there[:3]]
