@@ -145,9 +145,9 @@ def _micro_batches(
 def _of_head(
     policy: Policy, batch: TrainBatch, temperature: float, set_id_B: Tensor | None
 ) -> GradientNorms:
-    plan, row_M = _counted(plan_rows(batch, share_prompts=policy.packing), batch)
+    plan, row_M = _counted(plan_rows(batch, share_prefixes=policy.packing), batch)
     pack = make_pack(plan.sequences, plan.parents, policy.head.weight.device)
-    hidden_MD = policy.hidden_states(plan, pack)
+    hidden_MD = policy.hidden_states(pack, plan.places(pack))
 
     def norms(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> GradientNorms:
         options = {name: options[name] for name in HEAD_OPTIONS}
@@ -189,14 +189,14 @@ class Embedded:
 def _of_embedding(policy: Policy, batch: TrainBatch, temperature: float) -> Tensor:
     """[B] float32."""
     embedding, scale = _embedding(policy)
-    whole = plan_rows(batch, share_prompts=False)  # of a shared token there is one sum only
+    whole = plan_rows(batch, share_prefixes=False)  # of a shared token there is one sum only
     plan, row_M = _counted(whole, batch)
     if not len(row_M):
         return torch.zeros(len(batch), device=embedding.weight.device)
     pack = make_pack(plan.sequences, plan.parents, policy.head.weight.device)
     target_M = plan.target_M.to(policy.head.weight.device)
     with torch.enable_grad(), _watched(embedding, scale) as seen:
-        hidden_MD = policy.hidden_states(plan, pack)
+        hidden_MD = policy.hidden_states(pack, plan.places(pack))
         logp_M = policy.head(hidden_MD, target_M, temperature, function=_logp_of_frozen)
         (grad,) = torch.autograd.grad(logp_M.sum(), seen.output)
     grad = grad.double().mul_(scale)
@@ -269,7 +269,7 @@ def _logp_of_frozen(
 
 def _row_of_each(whole: RowPlan, pack: Pack, batch: TrainBatch, *, padded: bool) -> Tensor:
     """The row of `batch` that each embedded token belongs to [N]; `whole` is the plan of all
-    completion tokens, without shared prompts."""
+    completion tokens, each row alone."""
     row_S = torch.empty(len(whole.sequences), dtype=torch.long)
     row_S[whole.sequence_M] = whole.cell_M // batch.mask_BT.shape[1]
     row_S = row_S[torch.tensor(pack.start).argsort()]
