@@ -243,7 +243,8 @@ def _softcapped(
         mask = mask[..., : key.shape[2]]
         masked = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         scores = masked if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(query.dtype) @ value
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

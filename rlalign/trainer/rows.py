@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from rlalign.models.pack import Pack, Tokens
+from rlalign.trainer.packing import Row
 from rlalign.types import TrainBatch
 
 
@@ -85,6 +86,23 @@ def plan_rows(batch: TrainBatch, *, share_prefixes: bool) -> RowPlan:
         target_M=torch.from_numpy(np.concatenate(completions)),
         cell_M=row_R.repeat_interleave(length_R) * batch.mask_BT.shape[1] + column_M,
     )
+
+
+def rows_to_run(batch: TrainBatch, *, share_prefixes: bool) -> tuple[list[int], list[Row]]:
+    """The batch's row indices in the order that a plan of micro-batches needs, and its rows in that
+    order: neighbours with much in common; without `share_prefixes` the longest first."""
+    if share_prefixes:
+        keys = prompt_keys(batch)
+        order, common = walk([row[:-1] for row in batch.sequences])
+    else:
+        keys = range(len(batch))
+        order = sorted(keys, key=lambda i: -len(batch.sequences[i]))
+        common = [0] * len(order)
+    rows = [
+        Row(len(batch.sequences[i]) - 1, keys[i], length)
+        for i, length in zip(order, common, strict=True)
+    ]
+    return order, rows
 
 
 def prompt_keys(batch: TrainBatch) -> list[int]:
