@@ -6,7 +6,7 @@ import random
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from rlalign.models.pack import make_pack
 from rlalign.models.random import init_model, small_config
@@ -25,6 +25,7 @@ FAMILIES = {
     "mistral": {"sliding_window": 7},
     "gemma2": {"attn_logit_softcapping": 2.0, "sliding_window": 5},
 }
+PHI = "phi in float64"  # it normalises in the type of its input, RMSNorms compute in float32
 
 
 def forest(seed: int, prompts: int = 3, rows: int = 9, longest: int = 40):
@@ -111,51 +112,37 @@ def test_a_sequence_is_a_leaf():
     assert plan.parents == [None, None, (1, 2)]
 
 
-def build(family: str) -> Policy:
+def build(family: str, packing: bool = True) -> Policy:
+    if family == PHI:
+        config = AutoConfig.for_model(
+            "phi", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, intermediate_size=48, initializer_range=0.2, bos_token_id=None,
+            eos_token_id=1, attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
+        )  # fmt: skip
+        return Policy(init_model(config, seed=0).double(), packing=packing)
     config = small_config(family, eos_token_id=1, pad_token_id=None, **SHAPE, **FAMILIES[family])
-    return Policy(init_model(config, seed=0))
+    return Policy(init_model(config, seed=0), packing=packing)
 
 
-def build_float64() -> Policy:
-    """Phi normalises in the type of its input; the others' RMSNorm computes in float32."""
-    config = AutoConfig.for_model(
-        "phi", vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=48, initializer_range=0.2, bos_token_id=None,
-        eos_token_id=1, attention_dropout=0.0, resid_pdrop=0.0, embd_pdrop=0.0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    return Policy(AutoModelForCausalLM.from_config(config, dtype=torch.float64))
-
-
-def outputs(policy: Policy, parts, weights):
-    """Log-probs and entropies of all rows, and the gradient of a weighted sum of them."""
-    policy.zero_grad()
-    flat = []
-    for part, weight_BT in zip(parts, weights, strict=True):
-        out = policy(part, 0.8, entropy=True)
-        (weight_BT * (out.logp_BT + 0.3 * out.entropy_BT)).sum().backward()
-        mask = part.mask_BT.bool()
-        flat += [out.logp_BT[mask].detach(), out.entropy_BT[mask].detach()]
-    return flat, torch.cat([p.grad.flatten() for p in policy.parameters()])
-
-
-@pytest.mark.parametrize("family", [*FAMILIES, "phi in float64"])
-@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("family", [*FAMILIES, PHI])
+@pytest.mark.parametrize("seed", range(3))
 def test_log_probs_and_gradients_are_those_of_rows_that_run_alone(family, seed):
-    policy, tolerance = (build(family), 1e-5) if family in FAMILIES else (build_float64(), 1e-12)
-    batch = forest(seed, prompts=2, rows=8)
-    dtype = torch.float32 if family in FAMILIES else torch.float64
+    """Which are padded, and go through transformers' own attention."""
+    batch = forest(seed)
+    assert len(run_tokens(batch)) < 0.6 * len(run_tokens(batch, share_prefixes=False))
+    dtype, tolerance = (torch.float64, 1e-12) if family == PHI else (torch.float32, 1e-5)
     rng = torch.Generator().manual_seed(seed)
     weight_BT = torch.randn(batch.mask_BT.shape, generator=rng, dtype=dtype)
-    assert len(run_tokens(batch)) < 0.6 * len(run_tokens(batch, share_prefixes=False))
-    [logp_M, entropy_M], gradient = outputs(policy, [batch], [weight_BT])
-    single = [batch.rows([b]) for b in range(len(batch))]
-    weights = [weight_BT[b, : part.mask_BT.shape[1]] for b, part in enumerate(single)]
-    flat, expected = outputs(policy, single, weights)
-    for found, want in ((logp_M, flat[::2]), (entropy_M, flat[1::2])):
-        want = torch.cat(want)
-        assert float((found - want).abs().max()) <= tolerance * float(want.abs().max())
-    assert float((gradient - expected).norm()) <= tolerance * float(expected.norm())
+    found = []
+    for packing in (True, False):
+        policy = build(family, packing)
+        out = policy(batch, 0.8, entropy=True)
+        (weight_BT * (out.logp_BT + 0.3 * out.entropy_BT)).sum().backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        found.append((out.logp_BT.detach(), out.entropy_BT.detach(), gradient))
+    for ours, alone in zip(*found, strict=True):
+        assert ours.dtype == dtype
+        assert float((ours - alone).norm()) <= tolerance * float(alone.norm())
 
 
 @pytest.mark.parametrize("grad_params", ["lm_head", "embed_tokens"])
