@@ -14,6 +14,7 @@ before.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 PIECES = (1, 2, 4, 8)  # a group may be cut to these parts of a process's even share
@@ -47,7 +48,7 @@ def micro_batches(
             f"max_tokens is {max_tokens} and num_ranks {num_ranks}; both must be at least 1"
         )
     shares = _spread(rows, num_ranks)
-    count = max(len(_cut(share, rows, max_tokens)) for share in shares)
+    count = max(len(_cut(share, _added(share, rows), rows, max_tokens)) for share in shares)
     return [_cut_evenly(share, rows, max_tokens, count) for share in shares]
 
 
@@ -57,13 +58,15 @@ def load(run: Sequence[int], rows: Sequence[Row]) -> int:
     Exact where the order of `rows` is lexicographic: two of them then have as many first tokens in
     common as the neighbours between them that have fewest.
     """
-    return sum(
-        rows[i].tokens - (_common(run[at - 1], i, rows) if at else 0) for at, i in enumerate(run)
-    )
+    return sum(_added(run, rows))
 
 
-def _common(i: int, j: int, rows: Sequence[Row]) -> int:
-    return min(row.shared for row in rows[i + 1 : j + 1])
+def _added(run: Sequence[int], rows: Sequence[Row]) -> list[int]:
+    """Tokens that each row of a run adds to those of the rows before it."""
+    tokens = [rows[i].tokens for i in run]
+    for at, (i, j) in enumerate(pairwise(run), start=1):
+        tokens[at] -= min(row.shared for row in rows[i + 1 : j + 1])
+    return tokens
 
 
 def _spread(rows: Sequence[Row], num_ranks: int) -> list[list[int]]:
@@ -78,7 +81,11 @@ def _spread(rows: Sequence[Row], num_ranks: int) -> list[list[int]]:
     share = sum(load(group, rows) for group in groups) / num_ranks
     plans = [_balance(groups, rows, num_ranks)]
     for parts in PIECES:
-        pieces = [piece for group in groups for piece in _cut(group, rows, share / parts)]
+        pieces = [
+            piece
+            for group in groups
+            for piece in _cut(group, _added(group, rows), rows, share / parts)
+        ]
         plans.append(_balance(pieces, rows, num_ranks))
     plans.append(_balance([[i] for i in everything], rows, num_ranks))
     # the first of equals: the coarsest
@@ -96,12 +103,13 @@ def _balance(pieces: list[list[int]], rows: Sequence[Row], num_ranks: int) -> li
     return [sorted(share) for share in shares]
 
 
-def _cut(run: Sequence[int], rows: Sequence[Row], limit: float) -> list[list[int]]:
+def _cut(
+    run: Sequence[int], added: Sequence[int], rows: Sequence[Row], limit: float
+) -> list[list[int]]:
     """Consecutive runs, each as long as `limit` tokens allow."""
     parts: list[list[int]] = []
     room = 0.0
-    for i in run:
-        tokens = rows[i].tokens - (_common(parts[-1][-1], i, rows) if parts else 0)
+    for i, tokens in zip(run, added, strict=True):
         if not parts or tokens > room:
             parts.append([])
             room, tokens = limit, rows[i].tokens
@@ -114,12 +122,13 @@ def _cut_evenly(
     run: Sequence[int], rows: Sequence[Row], max_tokens: int, count: int
 ) -> list[list[int]]:
     """`count` runs under the smallest limit that needs no more of them; empty ones at the end."""
+    added = _added(run, rows)
     low, high = 1, max_tokens
     while low < high:
         middle = (low + high) // 2
-        if len(_cut(run, rows, middle)) <= count:
+        if len(_cut(run, added, rows, middle)) <= count:
             high = middle
         else:
             low = middle + 1
-    parts = _cut(run, rows, high)
+    parts = _cut(run, added, rows, high)
     return parts + [[] for _ in range(count - len(parts))]

@@ -12,6 +12,7 @@ a completion.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rlalign.models.pack import Pack, Tokens
+from rlalign.models.pack import Pack
 from rlalign.trainer.packing import Row
 from rlalign.types import TrainBatch
 
@@ -70,7 +71,7 @@ def plan_rows(batch: TrainBatch, *, share_prefixes: bool) -> RowPlan:
     if not len(row_R):
         return _idle_plan()
     length_R = length_B[row_R]
-    rows = [np.array(batch.sequences[i]) for i in row_R.tolist()]
+    rows = [_tokens(batch.sequences[i]) for i in row_R.tolist()]
     prompt_R = torch.tensor([len(row) for row in rows]) - length_R
     if int(prompt_R.min()) < 1:
         raise ValueError("a completion needs at least one prompt token before it")
@@ -83,7 +84,7 @@ def plan_rows(batch: TrainBatch, *, share_prefixes: bool) -> RowPlan:
         parents=parents,
         sequence_M=torch.tensor(sequence_R).repeat_interleave(length_R),
         offset_M=(prompt_R - 1).repeat_interleave(length_R) + column_M,
-        target_M=torch.from_numpy(np.concatenate(completions)),
+        target_M=torch.from_numpy(np.concatenate(completions).astype(np.int64)),
         cell_M=row_R.repeat_interleave(length_R) * batch.mask_BT.shape[1] + column_M,
     )
 
@@ -93,7 +94,7 @@ def rows_to_run(batch: TrainBatch, *, share_prefixes: bool) -> tuple[list[int], 
     order: neighbours with much in common; without `share_prefixes` the longest first."""
     if share_prefixes:
         keys = prompt_keys(batch)
-        order, common = walk([row[:-1] for row in batch.sequences])
+        order, common = _walk([_tokens(row)[:-1] for row in batch.sequences])
     else:
         keys = range(len(batch))
         order = sorted(keys, key=lambda i: -len(batch.sequences[i]))
@@ -115,13 +116,17 @@ def prompt_keys(batch: TrainBatch) -> list[int]:
     ]
 
 
-def walk(rows: Sequence[Tokens]) -> tuple[list[int], list[int]]:
-    """Row indices in descending lexicographic order (a row before those that it continues), and how
-    many tokens each has in common with the one before it; token ids are 0 to 2^32 - 1."""
-    arrays = [np.asarray(row, dtype=">u4") for row in rows]
-    keys = [array.tobytes() for array in arrays]  # big-endian: bytes are ordered as numbers are
+def _tokens(row: Sequence[int]) -> np.ndarray:
+    """uint32; from a tuple, twice as fast as numpy."""
+    return np.frombuffer(array("I", row), dtype=np.uint32)
+
+
+def _walk(rows: Sequence[np.ndarray]) -> tuple[list[int], list[int]]:
+    """Row indices in descending lexicographic order (a row after those that continue it), and how
+    many tokens each has in common with the one before it."""
+    keys = [row.astype(">u4").tobytes() for row in rows]  # bytes are ordered as big-endian numbers
     order = sorted(range(len(rows)), key=keys.__getitem__, reverse=True)
-    common = [_common(arrays[i], arrays[j]) for i, j in pairwise(order)]
+    common = [_common(rows[i], rows[j]) for i, j in pairwise(order)]
     return order, [0, *common][: len(order)]
 
 
@@ -136,7 +141,7 @@ def _cut(
     rows: list[np.ndarray], share_prefixes: bool
 ) -> tuple[list[np.ndarray], list[tuple[int, int] | None], list[int]]:
     """Sequences with their parents, and for each row the sequence whose path begins with it."""
-    order, common = walk(rows) if share_prefixes else (range(len(rows)), [0] * len(rows))
+    order, common = _walk(rows) if share_prefixes else (range(len(rows)), [0] * len(rows))
     sequences: list[np.ndarray] = []
     parents: list[tuple[int, int] | None] = []
     sequence_R = [0] * len(rows)
