@@ -51,7 +51,7 @@ def run(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     rows, bars = [], []
     for case in CASES:
-        found = measure(case, turns=3 if quick else 9)
+        found = measure(case, turns=3 if quick else 7)
         rows += found
         faster = 1 / next(row["/ alone"] for row in found if row["side"] == BEGINNINGS)
         what = f"{case.name}: {ALONE} / {BEGINNINGS}"

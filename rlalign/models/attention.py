@@ -1,17 +1,15 @@
 """The attention of packed models, under transformers' attention interface as ATTENTION.
 
 Called with a `PackedRun` (which `packed_hidden` hands through the layers as the keyword argument
-`packed_run`) it attends within each sequence of the pack and to its context: by torch's
-variable-length kernel on a GPU in half precision, else by buckets of similar lengths, right-padded
-for the attention itself. Under causality a real token never sees the padding behind it, so the
-result is exact. Without one it is ordinary padded attention, so one model serves training and
-sampling.
+`packed_run`) each sequence of the pack attends to its path: by torch's variable-length kernel on a
+GPU in half precision, else by buckets of similar lengths, right-padded for the attention itself.
+A real token never sees the padding behind it, so the result is exact. Without one it is ordinary
+padded attention, so one model serves training and sampling.
 
 A softcap of the scores (Gemma 2) is honoured in both; transformers' own sdpa leaves it out.
 
-Shapes: N tokens, M keys (each sequence's context and own tokens), H query heads, K key-value heads,
-d head size, b sequences of a bucket, t tokens of its longest, n own tokens of a bucket, m of its
-own and context tokens.
+Shapes: N tokens, M tokens of all paths, Q cells for queries, H query heads, K key-value heads, d
+head size, b sequences of a bucket, t tokens of its longest path.
 """
 
 from __future__ import annotations
