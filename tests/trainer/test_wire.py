@@ -63,7 +63,8 @@ def test_trees_come_back_equal():
     assert other == groups[1] and one.samples == leaves and one.paths == paths
     for name in Tree.__slots__:
         sent, came = getattr(tree, name), getattr(one.tree, name)
-        assert came.dtype == sent.dtype and torch.equal(came.nan_to_num(9), sent.nan_to_num(9)), name
+        assert came.dtype == sent.dtype, name
+        assert torch.equal(came.nan_to_num(9), sent.nan_to_num(9)), name
 
 
 def test_unscorable_rewards_and_error_counts_survive():
