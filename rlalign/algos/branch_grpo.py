@@ -56,12 +56,14 @@ def tree_credit(
 
     actions_N: how many losses an edge has, 1 or its tokens. trains_N: bool, False for edges that
     are not to train whatever pruning says. A group whose edges all have advantage 0 counts in the
-    shares, as it does in a flat batch.
+    shares, as it does in a flat batch, unless `algo.tree.drop_zero`.
     """
     value_N, advantage_N = tree_advantages(tree, cfg)
     keep_N = select_edges(tree, value_N, cfg, step=step, max_steps=max_steps)
     if trains_N is not None:
         keep_N = keep_N & trains_N
+    if cfg.tree.drop_zero:
+        keep_N = keep_N & (advantage_N != 0)
     weight_N = edge_weights(tree, keep_N, cfg, actions_N)
     if cfg.tree.advantage_clip:
         bound = cfg.tree.advantage_clip

@@ -64,6 +64,7 @@ TREE_DEFAULTS: Mapping[str, Any] = {
     "advantage": "depth",
     "scope": "tree",
     "weight": "depth_mean",
+    "drop_zero": False,
 }
 TREE_COMPAT: Mapping[str, Mapping[str, Any]] = {
     "rlalign": {},

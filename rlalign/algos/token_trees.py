@@ -1,6 +1,7 @@
 """Other rules of credit for trees of tokens, as presets over tree_advantage.py.
 
-    spo         A = V(n) - V(pa); likely tokens (>= 0.9) do not train      Guo et al. 2025
+    spo         A = V(n) - V(pa), where it is not 0; likely tokens         Guo et al. 2025
+                (>= 0.9) do not train
     tree_rl     global plus local, over the root of the leaves below       Hou et al. 2025
     tree_po     against all ancestors, whitened over the batch             Li et al. 2025
     tree_grpo   z-score among the prompt's leaves plus that within a tree  Ji et al. 2025
@@ -20,7 +21,13 @@ ALGORITHMS = (
         summary="Segment advantages: a node's value against its parent's; probable tokens masked.",
         source="Guo et al. 2025, arXiv 2505.23564",
         defaults={**SHARED, "scale_rewards": "none"},
-        tree={"advantage": "parent", "weight": "token_mean", "prob_mask": 0.9, "scope": "prompt"},
+        tree={
+            "advantage": "parent",
+            "scope": "prompt",
+            "weight": "token_mean",
+            "drop_zero": True,
+            "prob_mask": 0.9,
+        },
     ),
     Algorithm(
         name="tree_rl",

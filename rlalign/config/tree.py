@@ -72,6 +72,9 @@ class TreeConfig:
         0.5, "Share of the edges of chains that the official modes keep.", gt=0, le=1
     )
     prune_step_ratio: float = option(1.0, "Share of the run in which is pruned.", ge=0, le=1)
+    drop_zero: bool | None = option(
+        None, "Edges of advantage 0 count nowhere, in place of with a loss of 0."
+    )
     prob_mask: float | None = option(
         None,
         "Tokens as likely as this, or likelier, do not train (SPO); unset: all do.",

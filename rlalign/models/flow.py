@@ -81,10 +81,6 @@ class FlowModel(nn.Module, abc.ABC):
         """A copy that does not train, to compare with: what never trains is shared with it."""
         return copy.deepcopy(self).requires_grad_(False)
 
-    def time_grid(self, num_steps: int, shift: float) -> Tensor | None:
-        """The model's own falling grid of sigma, float64 [num_steps + 1]; None: any will do."""
-        return None
-
     @abc.abstractmethod
     def config_dict(self) -> dict[str, Any]:
         """What config.json holds: `architecture`, and the arguments that make an equal model."""

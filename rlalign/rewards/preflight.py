@@ -16,14 +16,16 @@ def check(
     columns: Iterable[str] | None = None,
     *,
     functions: Mapping[str, Callable[..., Any]] | None = None,
+    images: bool = False,
 ) -> None:
     """Raise RewardError, with cause and fix, for a reward that cannot be imported, built or fed.
 
-    `columns` are the data's, `answer` included; None skips that check. Workers are started and
-    stopped again; models are not loaded, services not called, and nothing is written.
+    `columns` are the data's, `answer` included; None skips that check. `images` as in
+    `build_scorer`. Workers are started and stopped again; models are not loaded, services not
+    called, and nothing is written.
     """
     accuracy_index(cfg)
-    runners = make_runners(cfg, functions)
+    runners = make_runners(cfg, functions, images=images)
     names = None if columns is None else list(columns)
     try:
         with ThreadPoolExecutor(len(runners), "reward-check") as threads:

@@ -98,21 +98,43 @@ BUILTINS: Mapping[str, Builtin] = {
     "reward_model": Builtin("rlalign.rewards.reward_model:reward_model", "HF sequence classifier"),
     "llm_judge": Builtin("rlalign.rewards.judge:llm_judge", "score by a chat model"),
     "http": Builtin("rlalign.rewards.remote:http", "scores by a service of your own"),
+    "digits_class_probability": Builtin(
+        "rlalign.rewards.images:digits_class_probability",
+        "probability of the digit in the `answer` column, for images of mini:digits",
+        correctness=True,
+    ),
+    "symmetry": Builtin("rlalign.rewards.images:symmetry", "left-right symmetry of an image"),
+    "ink": Builtin("rlalign.rewards.images:ink", "brightness of an image"),
+    "clip_score": Builtin(
+        "rlalign.rewards.image_scorers:clip_score", "CLIP or PickScore agreement of image and text"
+    ),
+    "aesthetic": Builtin(
+        "rlalign.rewards.image_scorers:aesthetic", "a linear head on CLIP's image embedding"
+    ),
 }
 
 _RUNNER_PARAMS = ("timeout_s", "num_workers", "max_memory_bytes")  # of built-ins in workers
 
 
 def make_runners(
-    cfg: RewardsConfig, functions: Mapping[str, Callable[..., Any]] | None = None
+    cfg: RewardsConfig,
+    functions: Mapping[str, Callable[..., Any]] | None = None,
+    *,
+    images: bool = False,
 ) -> list[Runner]:
-    """One runner per reward, not started; RewardError for a name or params that do not fit."""
+    """One runner per reward, not started; RewardError for a name or params that do not fit.
+
+    Rewards of `images` run in this process even when named by an import path: what travels to a
+    worker is JSON.
+    """
     if not cfg.functions:
         raise RewardError(
             "rewards.functions is empty; name at least one, e.g. functions: [{name: exact_match}]"
         )
     names = unique_names(cfg.functions)
-    given = functions or {}
+    given = dict(functions or {})
+    if images:
+        given |= {s.name: resolve(s.name) for s in cfg.functions if ":" in s.name}
     return [
         _make_runner(name, spec, cfg.timeout_s, given)
         for name, spec in zip(names, cfg.functions, strict=True)

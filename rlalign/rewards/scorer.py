@@ -36,12 +36,14 @@ def build_scorer(
     max_completion_length: int,
     *,
     functions: Mapping[str, Callable[..., Any]] | None = None,
+    images: bool = False,
 ) -> Scorer:
-    """Start every reward of `cfg`. `functions` are Python callables that specs refer to by name.
+    """Start every reward of `cfg`. `functions` are Python callables that specs refer to by name;
+    `images`: what is scored are images, so every function runs in this process.
 
     Raises RewardError when one cannot be found, built or started; nothing is left running then.
     """
-    runners = make_runners(cfg, functions)
+    runners = make_runners(cfg, functions, images=images)
     return Scorer(cfg, algo, max_completion_length, runners)
 
 
@@ -75,21 +77,27 @@ class Scorer:
     def score(self, groups: Sequence[Group]) -> Scores:
         """Rewards of all samples, in order. Raises RewardError when more than `max_error_rate` of a
         function's verdicts failed, or a column it needs is not there."""
+        sizes = torch.tensor([len(group.samples) for group in groups], dtype=torch.long)
+        group_id_B = torch.repeat_interleave(torch.arange(len(groups)), sizes)
+        return self._score(call_of(groups), group_id_B, self._overlong(groups))
+
+    def score_images(
+        self, prompts: Sequence[Prompt], image_BCHW: torch.Tensor, group_id_B: torch.Tensor
+    ) -> Scores:
+        """Rewards of images in [0, 1], each with its prompt; images with one group id are compared
+        with each other. A function gets the images as a list of [C, H, W] tensors in place of
+        completions. Raises RewardError as `score` does."""
+        call = _call(prompts, list(image_BCHW), [[]] * len(prompts))
+        return self._score(call, group_id_B, torch.zeros(len(prompts)))
+
+    def _score(self, call: Call, group_id_B: torch.Tensor, penalty_B: torch.Tensor) -> Scores:
         if self._closed:
             raise RewardError("this scorer is closed; build another")
         if not self._runners:
             raise RewardError("this scorer was built without a reward function; build another")
-        call = call_of(groups)
         if not len(call):
             return Scores(torch.zeros(0), torch.zeros(0))
-        for runner, takes in zip(self._runners, self._takes, strict=True):
-            check_columns(runner.name, takes, list(call.columns))
-        timeout_s = self._cfg.timeout_s
-        futures = [self._threads.submit(r.score, call, timeout_s) for r in self._runners]
-        verdicts = {
-            runner.name: self._collect(runner.name, future)
-            for runner, future in zip(self._runners, futures, strict=True)
-        }
+        verdicts = self._verdicts(call)
         errors = Counter(v.kind.value for column in verdicts.values() for v in column if v.failed)
         if errors:
             self._report(verdicts, call)
@@ -102,14 +110,22 @@ class Scorer:
             acc_B = raw_B.masked_fill(failed_B, math.nan)
         else:
             acc_B = list(by_function.values())[self._accuracy].clone()
+        combined_B = raw_B
         if self._cfg.aggregation == "normalize_then_sum":
-            sizes = torch.tensor([len(group.samples) for group in groups])
-            group_id_B = torch.repeat_interleave(torch.arange(len(groups)), sizes)
             combined_B = algos.normalize_then_sum(by_function, weights, group_id_B)
-        else:
-            combined_B = raw_B
-        reward_B = (combined_B + self._overlong(groups)).masked_fill(failed_B, math.nan)
+        reward_B = (combined_B + penalty_B).masked_fill(failed_B, math.nan)
         return Scores(reward_B, acc_B, by_function, dict(errors))
+
+    def _verdicts(self, call: Call) -> dict[str, list[Verdict]]:
+        """What every function says, all at the same time."""
+        for runner, takes in zip(self._runners, self._takes, strict=True):
+            check_columns(runner.name, takes, list(call.columns))
+        timeout_s = self._cfg.timeout_s
+        futures = [self._threads.submit(r.score, call, timeout_s) for r in self._runners]
+        return {
+            runner.name: self._collect(runner.name, future)
+            for runner, future in zip(self._runners, futures, strict=True)
+        }
 
     def close(self) -> None:
         """Stop every worker; idempotent."""
@@ -166,16 +182,24 @@ def call_of(groups: Sequence[Group]) -> Call:
     """The samples of all groups as equal-length lists. A column that a prompt lacks is None there;
     completions of chat prompts are messages."""
     pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
-    names = dict.fromkeys(name for prompt, _ in pairs for name in prompt.columns)
-    columns = {name: [prompt.columns.get(name) for prompt, _ in pairs] for name in names}
-    if any(prompt.answer is not None for prompt, _ in pairs):
-        columns["answer"] = [prompt.answer for prompt, _ in pairs]
+    return _call(
+        [prompt for prompt, _ in pairs],
+        [_completion(prompt, sample) for prompt, sample in pairs],
+        [list(sample.token_ids) for _, sample in pairs],
+    )
+
+
+def _call(prompts: Sequence[Prompt], completions: list[Any], ids: list[list[int]]) -> Call:
+    names = dict.fromkeys(name for prompt in prompts for name in prompt.columns)
+    columns = {name: [prompt.columns.get(name) for prompt in prompts] for name in names}
+    if any(prompt.answer is not None for prompt in prompts):
+        columns["answer"] = [prompt.answer for prompt in prompts]
     return Call(
-        prompts=[prompt.source for prompt, _ in pairs],
-        completions=[_completion(prompt, sample) for prompt, sample in pairs],
-        completion_ids=[list(sample.token_ids) for _, sample in pairs],
+        prompts=[prompt.source for prompt in prompts],
+        completions=completions,
+        completion_ids=ids,
         columns=columns,
-        prompt_ids=[prompt.id for prompt, _ in pairs],
+        prompt_ids=[prompt.id for prompt in prompts],
     )
 
 

@@ -72,7 +72,7 @@ class FlowTraining:
     steps: int = 2500
     batch_size: int = 192
     lr: float = 4e-3  # AdamW; falls to 0 as a cosine does
-    label_noise: float = 0.42
+    label_noise: float = 0.45
     null_share: float = 0.1
     ema: float = 0.995  # of the weights that are kept
 

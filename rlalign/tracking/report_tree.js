@@ -52,8 +52,8 @@ function pathTo(nodes, node) {
 // node of the same depth (a sibling, if there is one on that side); Home to the root.
 function nextNode(nodes, shape, node, key) {
   const level = shape.levels[nodes.depth[node]], at = level.indexOf(node);
-  const to = { ArrowLeft: nodes.parent[node], ArrowRight: shape.children[node][0], Home: shape.levels[0][0],
-    ArrowUp: level[at - 1], ArrowDown: level[at + 1] }[key];
+  const to = { ArrowLeft: nodes.parent[node], ArrowRight: shape.children[node][0],
+    ArrowUp: level[at - 1], ArrowDown: level[at + 1], Home: shape.levels[0][0] }[key];
   return to === undefined || to < 0 ? node : to;
 }
 
@@ -90,16 +90,20 @@ const valueShare = (value, scales) => !finite(value) ? null
 // Colours are mixed by the browser from the variables of the page, which know light and dark.
 const advantageColour = share => mixed(share < 0 ? "--less" : "--more", "--zero", Math.abs(share));
 const valueColour = share => share === null ? "var(--card)" : mixed("--high", "--low", share);
-const mixed = (to, from, share) => `color-mix(in oklab, var(${to}) ${Math.round(100 * share)}%, var(${from}))`;
+const mixed = (to, from, share) =>
+  `color-mix(in oklab, var(${to}) ${Math.round(100 * share)}%, var(${from}))`;
 
 // Text on one line of at most `length` characters.
 function snippet(text, length) {
   const line = Array.from(text.replace(/\s+/g, " ").trim());
-  return line.length <= length ? line.join("") : line.slice(0, Math.max(0, length - 1)).join("").trim() + "…";
+  if (line.length <= length) return line.join("");
+  return line.slice(0, Math.max(0, length - 1)).join("").trim() + "…";
 }
 
-// What may be shown as an image: one that is in the page. Anything else would be loaded from elsewhere.
-const imageOf = (nodes, i) => {
+// What may be shown as an image: one that is in the page. Anything else would be loaded from
+// elsewhere.
+const IMAGE = /^data:image\/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+=*$/;
+function imageOf(nodes, i) {
   const uri = nodes.image ? nodes.image[i] : null;
-  return typeof uri === "string" && /^data:image\/(png|jpeg|webp|gif);base64,[A-Za-z0-9+/]+=*$/.test(uri) ? uri : null;
-};
+  return typeof uri === "string" && IMAGE.test(uri) ? uri : null;
+}

@@ -220,6 +220,20 @@ def test_advantages_are_clipped_in_the_loss_only_where_a_bound_is_set():
         assert float(tree_credit(tree, cfg, ones(tree)).advantage_N[1]) == pytest.approx(expected)
 
 
+def test_spo_leaves_out_what_has_no_advantage():
+    shape = tree_shape(3, [0, 2], [2], split_last=True)
+    tree = with_rewards(shape, [0, 8], [1.0, 0.0, 0.0, 0.0] + [1.0] * 4)
+    # of the first tree: both halves and the two leaves that differ; chains and the second: nothing
+    differ = [False, True, True, False, False, True, True, False, False]
+    place_N = tree.tree_N == 0
+    credit = tree_credit(tree, config("spo"), 3 * ones(tree))
+    assert credit.keep_N[place_N].tolist() == differ
+    assert not bool(credit.keep_N[~place_N].any())
+    assert credit.weight_N[credit.keep_N].tolist() == pytest.approx([1 / 12] * 4)
+    counted = tree_credit(tree, config("spo", tree={"drop_zero": False}), 3 * ones(tree))
+    assert counted.weight_N[tree.depth_N > 0].tolist() == pytest.approx([1 / 48] * 16)
+
+
 def test_which_split_decides_is_seen_in_the_explained_variance():
     shape = tree_shape(4, [0, 2], [2])
     first = with_rewards(shape, [0], [1.0, 1.0, 0.0, 0.0])
