@@ -390,7 +390,7 @@ def test_a_run_records_its_trees(tmp_path):
     assert row["tree/leaves"] == len(samples) and row["tree/tokens_saved"] > 0.05
     generated = row["perf/rollout_tokens_per_s"] * row["time/rollout_s"]
     assert generated == pytest.approx((1 - row["tree/tokens_saved"]) * by_leaf)
-    assert row["tree/explained_variance/3"] == pytest.approx(1)
+    assert row["tree/explained_variance/2"] == pytest.approx(1)
 
 
 def test_what_the_record_says_of_a_node(folder, groups):
