@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +28,18 @@ def test_a_tree_draws_the_same_alone_in_any_order_and_in_any_company(branch_fact
         assert torch.equal(noise([tree])[0], together[row])
         alone = initial_noise(5, 2, [tree], (7,))
         assert torch.equal(alone[0], initial_noise(5, 2, TREES, (7,))[row])
+
+
+def test_a_stream_is_philox_under_the_hash_of_its_key():
+    """Drawn here by numpy alone, so that a run can be replayed elsewhere."""
+    noise = edge_noise(5, 2, 4, TREES, 3, (7,), branch_factor=2, corr=2.0)
+    for row, (prompt_id, tree) in enumerate(TREES):
+        stream = np.random.Generator(np.random.Philox(key=noise_key(5, prompt_id, tree, 2, 4)))
+        for node in range(3):
+            shared, first, second = stream.standard_normal((3, 7), dtype=np.float32)
+            for child, own in enumerate((first, second)):
+                expected = torch.from_numpy((shared + 2 * own) / np.float32(5**0.5))
+                torch.testing.assert_close(noise[row, node, child], expected)
 
 
 def test_global_random_state_is_neither_read_nor_moved():
