@@ -70,6 +70,23 @@ def digits_class_probability() -> DigitsClassProbability:
     return DigitsClassProbability()
 
 
+def digits_judge() -> Reward:
+    """1 where an SVM that no training sees reads the digit in the `answer` column, else 0: to
+    watch, with weight 0, whether a rise of `digits_class_probability` is real. Needs scikit-learn.
+    """
+
+    def score(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
+        from rlalign.models.digits import judge_labels
+
+        seen = judge_labels(stack(completions)).tolist()
+        return [
+            None if digit is None else float(int(digit) == label)
+            for digit, label in zip(answer, seen, strict=True)
+        ]
+
+    return score
+
+
 def stack(completions: list[Any]) -> Tensor:
     """The images as one float32 tensor [N, C, H, W] on the CPU. RewardError for anything else."""
     for image in completions:

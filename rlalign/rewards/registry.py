@@ -103,6 +103,9 @@ BUILTINS: Mapping[str, Builtin] = {
         "probability of the digit in the `answer` column, for images of mini:digits",
         correctness=True,
     ),
+    "digits_judge": Builtin(
+        "rlalign.rewards.images:digits_judge", "whether a held-out judge reads the `answer` digit"
+    ),
     "symmetry": Builtin("rlalign.rewards.images:symmetry", "left-right symmetry of an image"),
     "ink": Builtin("rlalign.rewards.images:ink", "brightness of an image"),
     "clip_score": Builtin(

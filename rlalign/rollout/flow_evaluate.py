@@ -8,16 +8,15 @@ Legend: P prompts, M images of each, X the latent's own dimensions.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from rlalign.config.schema import FlowConfig
 from rlalign.models.flow import FlowModel, take_rows
-from rlalign.rollout.flow_noise import initial_noise
-from rlalign.rollout.flow_steps import ode_step, time_grid
+from rlalign.rollout.flow import sample_ode
 from rlalign.rollout.guidance import Velocity
 from rlalign.types import Prompt
 
@@ -52,21 +51,19 @@ def ode_latents(
 
     `velocity` is the model or guidance around it; at most `max_rows` rows go through it at a time.
     """
-    velocity = velocity or model
-    grid = time_grid(num_steps, shift).tolist()
-    cond = model.condition(prompts)
+    network, cond = velocity or model, model.condition(prompts)
     trees = [(prompt.id, image) for prompt in prompts for image in range(num_images)]
     prompt_N = torch.arange(len(prompts), device=model.device).repeat_interleave(num_images)
-    done = []
-    for start in range(0, len(trees), max_rows):
-        rows = slice(start, start + max_rows)
-        z_NX = initial_noise(seed, 0, trees[rows], model.latent_shape).to(model.device)
-        cond_N = take_rows(cond, prompt_N[rows])
-        for sigma, following in itertools.pairwise(grid):
-            v_NX = velocity(z_NX, torch.full((len(z_NX),), sigma, device=z_NX.device), cond_N)
-            z_NX = ode_step(z_NX, v_NX, sigma, following)
-        done.append(z_NX)
-    return torch.cat(done).unflatten(0, (len(prompts), num_images))
+    x0_NX = sample_ode(
+        lambda z_NX, sigma_N, row_N: network(z_NX, sigma_N, take_rows(cond, prompt_N[row_N])),
+        trees,
+        model.latent_shape,
+        FlowConfig(num_steps=num_steps, shift=shift, micro_batch_rows=max_rows),
+        seed=seed,
+        iteration=0,
+        device=model.device,
+    )
+    return x0_NX.unflatten(0, (len(prompts), num_images))
 
 
 def evaluate_digits(

@@ -22,7 +22,7 @@ from rlalign.rewards import Scorer, build_scorer
 from rlalign.rewards import check as check_rewards
 from rlalign.rollout.flow import FlowTrees, grow, make_plan
 from rlalign.rollout.flow_noise import TreeKey
-from rlalign.tasks import load_prompts
+from rlalign.tasks.image_prompts import load_image_prompts
 from rlalign.tracking.rundir import RunDir
 from rlalign.trainer.build import RewardFunctions, build_train_engine
 from rlalign.trainer.distributed import World
@@ -31,13 +31,6 @@ from rlalign.trainer.flow_update import FlowBatch
 from rlalign.trainer.job import Run
 from rlalign.trainer.opening import Observers, open_run
 from rlalign.types import Prompt, Scores
-
-
-class Utf8:
-    """Stands in for a tokenizer: prompts of a flow model are read by its own text encoders."""
-
-    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
-        return {"input_ids": [list(text.encode()) for text in texts]}
 
 
 @dataclass(kw_only=True)
@@ -75,8 +68,8 @@ def open_flow_job(
 
     def assemble(world: World, run_dir: RunDir, stack: ExitStack) -> FlowJob:
         with world.agreed("loading data and model"):
-            train = load_prompts(config.task, Utf8(), split="train", seed=config.seed)
-            held_out = load_prompts(config.task, Utf8(), split="eval") if config.task.eval else None
+            train = load_image_prompts(config.task, split="train", seed=config.seed)
+            held_out = load_image_prompts(config.task, split="eval") if config.task.eval else None
             for prompts in (train, *([held_out] if held_out else [])):
                 check_rewards(
                     config.rewards, prompts.columns, functions=reward_functions, images=True
