@@ -1,23 +1,21 @@
 """The attention of packed models, under transformers' attention interface as ATTENTION.
 
 Called with a `PackedRun` (which `packed_hidden` hands through the layers as the keyword argument
-`packed_run`) it attends within each sequence of the pack and to its context: by torch's
-variable-length kernel on a GPU in half precision, else by buckets of similar lengths, right-padded
-for the attention itself. Under causality a real token never sees the padding behind it, so the
-result is exact. Without one it is ordinary padded attention, so one model serves training and
-sampling.
+`packed_run`) each sequence of the pack attends to its path: by torch's variable-length kernel on a
+GPU in half precision, else by buckets of similar lengths, right-padded for the attention itself.
+A real token never sees the padding behind it, so the result is exact. Without one it is ordinary
+padded attention, so one model serves training and sampling.
 
 A softcap of the scores (Gemma 2) is honoured in both; transformers' own sdpa leaves it out.
 
-Shapes: N tokens, M keys (each sequence's context and own tokens), H query heads, K key-value heads,
-d head size, b sequences of a bucket, t tokens of its longest, n own tokens of a bucket, m of its
-own and context tokens.
+Shapes: N tokens, M tokens of all paths, Q cells for queries, H query heads, K key-value heads, d
+head size, b sequences of a bucket, t tokens of its longest path.
 """
 
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -26,7 +24,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from rlalign.models.pack import Bucket, Pack, collect, refuse_unless, spread
+from rlalign.models.pack import Bucket, Pack, collect, refuse_unless, to_cells
 
 ATTENTION = "rlalign_packed"
 # keyword arguments of HF attention calls that say nothing about who attends to whom
@@ -45,10 +43,11 @@ packing: ContextVar[bool] = ContextVar("rlalign_packing", default=False)
 
 @dataclass(slots=True)
 class PackedRun:
-    """One forward pass: the pack, and how many attention layers have honoured it."""
+    """One forward pass: the pack, how many attention layers have honoured it, and their masks."""
 
     pack: Pack
     calls: int = 0
+    masks: dict[tuple[Any, ...], Tensor | None] = field(default_factory=dict)
 
 
 def _attention(
@@ -81,7 +80,7 @@ def _attention(
     packed_run.calls += 1
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, d]
     run = _varlen if _varlen_applies(query, softcap) else _bucketed
-    out_NHd = run(query, key, value, packed_run.pack, scaling, sliding_window, softcap)
+    out_NHd = run(query, key, value, packed_run, scaling, sliding_window, softcap)
     return out_NHd[None], None
 
 
@@ -105,7 +104,8 @@ def _padded(
             dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs,
         )[0]  # fmt: skip
     if mask is None and query.shape[2] > 1:
-        mask = _causal_mask(query.shape[2], None, query.device)
+        length = query.shape[2]
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
     return _softcapped(query, key, value, mask, scaling, softcap).transpose(1, 2)
 
 
@@ -122,15 +122,15 @@ def _varlen(
     query_NHd: Tensor,
     key_NKd: Tensor,
     value_NKd: Tensor,
-    pack: Pack,
+    run: PackedRun,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    key_MKd, value_MKd = key_NKd, value_NKd
-    if len(pack.context_C):
+    pack, key_MKd, value_MKd = run.pack, key_NKd, value_NKd
+    if pack.shares:
         key_MKd, value_MKd = collect(key_NKd, pack.key_M), collect(value_NKd, pack.key_M)
     left = -1 if window is None else window - 1
     grouped: dict[str, Any] = {"enable_gqa": True} if query_NHd.shape[1] != key_NKd.shape[1] else {}
@@ -142,7 +142,7 @@ def _varlen(
         pack.boundaries,
         pack.key_boundaries,
         max(pack.lengths),
-        pack.lengths[0] + pack.contexts[0],
+        max(bucket.keys for bucket in pack.buckets),
         scale=scaling,
         window_size=(left, 0),
         **grouped,
@@ -155,54 +155,55 @@ def _bucketed(
     query_NHd: Tensor,
     key_NKd: Tensor,
     value_NKd: Tensor,
-    pack: Pack,
+    run: PackedRun,
     scaling: float | None,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
     """Attention bucket by bucket, each a right-padded batch."""
-    sizes = [bucket.tokens for bucket in pack.buckets]
-    parts = zip(
-        pack.buckets,
-        query_NHd.split(sizes),
-        _with_context(key_NKd, pack, sizes),
-        _with_context(value_NKd, pack, sizes),
-        strict=True,
-    )
+    pack = run.pack
+    query, key, value = query_NHd, key_NKd, value_NKd
+    if not pack.dense:
+        query = to_cells(query, pack.query_Q, pack.cell_N)
+        key, value = (
+            collect(x, pack.key_C) if pack.shares else to_cells(x, pack.key_C, pack.cell_N)
+            for x in (key, value)
+        )
+    keys = [bucket.count * bucket.keys for bucket in pack.buckets]
+    queries = [bucket.count * bucket.queries for bucket in pack.buckets]
+    parts = zip(pack.buckets, query.split(queries), key.split(keys), value.split(keys), strict=True)
     outputs = []
-    for bucket, query_nHd, key_mKd, value_mKd in parts:
-        # Cells of the context hold no query: what comes out there is not collected.
-        grids = [
-            _to_grid(rows, cells, bucket).transpose(1, 2)  # [b, heads, t, d]
-            for rows, cells in (
-                (query_nHd, bucket.cell_n),
-                (key_mKd, bucket.cell_m),
-                (value_mKd, bucket.cell_m),
-            )
-        ]
-        out_bHtd = _attend(*grids, scaling=scaling, window=window, softcap=softcap)
-        outputs.append(_from_grid(out_bHtd.transpose(1, 2), bucket))
-    return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    for bucket, *rows in parts:
+        grids = [x.unflatten(0, (bucket.count, -1)).transpose(1, 2) for x in rows]
+        mask = _mask_of(bucket, run, window, None if softcap else query.dtype)
+        out_bHtd = _attend(*grids, mask=mask, scaling=scaling, softcap=softcap)
+        outputs.append(out_bHtd.transpose(1, 2).flatten(0, 1))
+    out = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    # Padding, and where a path has cells for queries its context, give what nobody collects.
+    return out if pack.dense else collect(out, pack.cell_N)
 
 
-def _with_context(rows_N: Tensor, pack: Pack, sizes: list[int]) -> list[Tensor]:
-    """Keys or values [N, K, d] by bucket: [m, K, d], own rows first."""
-    own = rows_N.split(sizes)
-    if not len(pack.context_C):
-        return list(own)
-    context = collect(rows_N, pack.context_C).split([bucket.context for bucket in pack.buckets])
-    return [torch.cat(pair) if len(pair[1]) else pair[0] for pair in zip(own, context, strict=True)]
-
-
-def _to_grid(rows: Tensor, cells: Tensor | None, bucket: Bucket) -> Tensor:
-    """[rows, heads, d] -> [b, t, heads, d], zeros where there is no row."""
-    grid = rows if cells is None else spread(rows, cells, bucket.count * bucket.width)
-    return grid.unflatten(0, (bucket.count, bucket.width))
-
-
-def _from_grid(grid: Tensor, bucket: Bucket) -> Tensor:
-    cells = grid.flatten(0, 1)
-    return cells if bucket.cell_n is None else collect(cells, bucket.cell_n)
+def _mask_of(
+    bucket: Bucket, run: PackedRun, window: int | None, dtype: torch.dtype | None
+) -> Tensor | None:
+    """[t, t] or [b, 1, queries, t]: bool, or with a dtype 0 and -inf; made once for all layers.
+    None where causality alone decides and the kernel knows it."""
+    window = None if window is None or window >= bucket.keys else window
+    if bucket.context_b is None and window is None and dtype is not None:
+        return None
+    name = (bucket, window, dtype)
+    if name not in run.masks:
+        device = run.pack.key_C.device
+        position = torch.arange(bucket.queries, device=device)[:, None]
+        if bucket.context_b is not None:
+            # Beyond its path a query is at the last key: it must see something.
+            position = (bucket.context_b[:, None, None, None] + position).clamp(max=bucket.keys - 1)
+        key_t = torch.arange(bucket.keys, device=device)
+        seen = key_t <= position
+        seen = seen if window is None else seen & (key_t > position - window)
+        bias = None if dtype is None else torch.zeros(seen.shape, dtype=dtype, device=device)
+        run.masks[name] = seen if bias is None else bias.masked_fill_(~seen, -torch.inf)
+    return run.masks[name]
 
 
 def _attend(
@@ -210,27 +211,17 @@ def _attend(
     key: Tensor,
     value: Tensor,
     *,
+    mask: Tensor | None,
     scaling: float | None,
-    window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention [b, H, t, d] of right-padded rows."""
-    length = query.shape[2]
-    banded = window is not None and window < length
+    """Attention [b, H, queries, d] under `mask`; None: causal."""
     if softcap is not None:
-        mask = _causal_mask(length, window if banded else None, query.device)
         return _softcapped(query, key, value, mask, scaling, softcap)
-    mask = _causal_mask(length, window, query.device) if banded else None
     grouped = query.shape[1] != key.shape[1]
     return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=not banded, scale=scaling, enable_gqa=grouped
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
     )
-
-
-def _causal_mask(length: int, window: int | None, device: torch.device) -> Tensor:
-    """[t, t] bool: token i sees token j where j <= i and, with a window, i - j < window."""
-    mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return mask if window is None else mask.triu(1 - window)
 
 
 def _softcapped(
@@ -250,7 +241,8 @@ def _softcapped(
         mask = mask[..., : key.shape[2]]
         masked = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         scores = masked if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    wide = torch.promote_types(query.dtype, torch.float32)
+    return scores.softmax(-1, dtype=wide).to(query.dtype) @ value
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:

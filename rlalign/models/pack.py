@@ -1,28 +1,33 @@
 """Token sequences laid end to end, a common beginning only once, and the way to a padded grid.
 
-A sequence may continue another one: it then holds its own tokens only and sees those of all its
-ancestors before them (its context). A group of completions is a tree of depth one: the prompt, and
-each completion continuing it. As a later token never changes an earlier one, the hidden states are
-those of the whole rows, and the gradient of a shared token is the sum over the rows that share it.
+A sequence may continue another one from any token of it: it then holds its own tokens only, and
+sees the first k of the other's path before them, its context; its path is both. So rows that begin
+alike become a tree, and no sequence is needed for the beginnings: the first row holds them. As a
+later token never changes an earlier one, the hidden states are those of the whole rows, and the
+gradient of a shared token is the sum over the rows that share it.
 
-Shapes: S sequences, N tokens of all of them, C context tokens, b sequences of a bucket, t tokens of
-its longest (context included), n own tokens of a bucket, m of its own and context tokens, M = N + C
-(0 without context).
+Shapes: S sequences, N tokens of all of them, M tokens of all their paths; b sequences of a bucket,
+t tokens of its longest path; Q and C cells of all buckets, for queries and for keys.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rlalign.errors import RlalignError
 
-BUCKET_RATIO = 0.8  # a sequence shorter than this share of its bucket's longest opens a new one
+Tokens = Sequence[int] | np.ndarray
+BUCKET_RATIO = 0.8  # a path shorter than this share of its bucket's longest opens a new one
+# Where a sequence's own tokens are at most this share of its path, only they get cells for queries:
+# attention with a mask then takes less time than causal attention over the whole path. The smaller
+# shares keep sequences together that are about equally far below it.
+OWN_SHARES = (0.7, 0.35, 0.15)
 
 
 class PackingError(RlalignError, RuntimeError):
@@ -31,32 +36,30 @@ class PackingError(RlalignError, RuntimeError):
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Bucket:
-    """`count` consecutive sequences of a pack, with their context at most `width` tokens each.
+    """`count` consecutive sequences of a pack as rows of a padded grid.
 
-    They have `tokens` of their own and `context` tokens before them. `cell_n` is where each own
-    token lies in the padded [b * t] grid, `cell_m` where each own and then each context token does;
-    None: no padding and no context, a view does.
+    A row has `keys` cells for a path and `queries` cells: as many, for the path again, where
+    `context_b` is None; else for a sequence's own tokens alone, with `context_b` tokens before.
     """
 
     count: int
-    width: int
-    tokens: int
-    context: int
-    cell_n: Tensor | None
-    cell_m: Tensor | None
+    keys: int
+    queries: int
+    context_b: Tensor | None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Pack:
-    """S sequences laid end to end, longest (with its context) first.
+    """S sequences laid end to end, bucket by bucket, the longest path of each bucket first.
 
-    `start[i]` is the place in the pack of the first token of the i-th sequence as given.
+    `start[i]` is the place in the pack of the first token of the i-th sequence as given,
+    `path_start[i]` where in `path_M` its path begins.
 
-    >>> pack = make_pack([(5, 6), (7, 8, 9), (4,)], parents=[None, None, 0])
+    >>> pack = make_pack([(5, 6, 1), (7, 8, 9), (4,)], parents=[None, None, (0, 2)])
     >>> pack.input_ids_N.tolist(), pack.position_ids_N.tolist(), pack.start
-    ([7, 8, 9, 4, 5, 6], [0, 1, 2, 2, 0, 1], (4, 0, 3))
-    >>> pack.context_C.tolist()  # what the 4 sees before itself
-    [4, 5]
+    ([5, 6, 1, 7, 8, 9, 4], [0, 1, 2, 0, 1, 2, 2], (0, 3, 6))
+    >>> pack.path_M[pack.path_start[2] :].tolist()  # the places of 5, 6 and 4
+    [0, 1, 6]
     """
 
     input_ids_N: Tensor
@@ -65,50 +68,79 @@ class Pack:
     lengths: tuple[int, ...]  # own tokens, in the pack's order
     contexts: tuple[int, ...]  # context tokens, in the pack's order
     boundaries: Tensor  # [S + 1] int32, cumulative lengths
-    context_C: Tensor  # places of the context tokens, sequence by sequence
-    key_M: Tensor  # the same with each sequence's own tokens behind its context
-    key_boundaries: Tensor  # [S + 1] int32, cumulative lengths with context
+    path_M: Tensor  # places of the tokens of each path, in the pack's order; on the CPU
+    path_start: tuple[int, ...]
+    key_M: Tensor  # path_M where the model is
+    key_boundaries: Tensor  # [S + 1] int32, cumulative lengths of paths
     buckets: tuple[Bucket, ...]
+    query_Q: Tensor  # the place of the token in each cell; beyond a path its last token again
+    key_C: Tensor
+    cell_N: Tensor  # the cell of each token among those for queries
+
+    @property
+    def shares(self) -> bool:
+        """Whether a token is on several paths."""
+        return any(self.contexts)
+
+    @property
+    def dense(self) -> bool:
+        """Whether the tokens as they lie are the grids: no padding, no context."""
+        return not self.shares and len(self.query_Q) == len(self.input_ids_N)
 
 
 def make_pack(
-    sequences: Sequence[Sequence[int]],
-    parents: Sequence[int | None] | None = None,
+    sequences: Sequence[Tokens],
+    parents: Sequence[tuple[int, int] | None] | None = None,
     device: torch.device | str | None = None,
 ) -> Pack:
-    """Lay token id sequences end to end; sequence i continues sequence `parents[i]`, given before
-    it. Raises ValueError where there is none, an empty one, or a parent that does not come before.
+    """Lay token id sequences end to end; where `parents[i]` is (j, k), sequence i continues the
+    first k tokens of the path of sequence j.
+
+    Raises ValueError without a sequence, for an empty one, for a parent that does not come before
+    its child, and for a k below 1 or beyond that path.
     """
-    if not sequences or not all(len(sequence) for sequence in sequences):
+    if not len(sequences) or not all(len(sequence) for sequence in sequences):
         raise ValueError("a pack needs at least one sequence, and a token in each")
-    paths = _paths(parents if parents is not None else [None] * len(sequences))
-    depth = [sum(len(sequences[j]) for j in path) for path in paths]
-    order = sorted(range(len(sequences)), key=lambda i: -(depth[i] + len(sequences[i])))
-    lengths = tuple(len(sequences[i]) for i in order)
-    contexts = tuple(depth[i] for i in order)
-    start, total = [0] * len(order), 0
-    for i, length in zip(order, lengths, strict=True):
-        start[i], total = total, total + length
-    length_S, context_S = torch.tensor(lengths), torch.tensor(contexts)
-    boundaries = F.pad(length_S.cumsum(0), (1, 0))
-    first_N = (boundaries[:-1] - context_S).repeat_interleave(length_S)
-    own = [
-        range(first, first + len(sequence))
-        for first, sequence in zip(start, sequences, strict=True)
+    parents = [None] * len(sequences) if parents is None else parents
+    own_S = np.array([len(sequence) for sequence in sequences])
+    context_S = np.array([0 if parent is None else parent[1] for parent in parents])
+    path_S = context_S + own_S
+    _refuse_missing_parents(parents, path_S)
+    kind_S = np.sum([own_S <= share * path_S for share in OWN_SHARES], axis=0)
+    order = np.lexsort((-path_S, kind_S))  # by kind, then the longest path first
+    start_S, path_start_S = _starts(own_S, order), _starts(path_S, order)
+    paths = _paths(start_S, own_S, parents)
+    path_M = np.concatenate([paths[i] for i in order])
+    grids = [
+        _grid(path_M, path_start_S[part], context_S[part], own_S[part], bool(kind_S[part[0]]))
+        for part in _split(order, kind_S, path_S)
     ]
-    context = [place for i in order for j in paths[i] for place in own[j]]
-    keys = [place for i in order for j in (*paths[i], i) for place in own[j]] if context else []
+    first_cell = np.cumsum([0] + [len(grid.query) for grid in grids])
+    cells = [first + grid.cell for first, grid in zip(first_cell, grids, strict=False)]
+    tokens = np.concatenate([np.asarray(sequences[i], dtype=np.int64) for i in order])
+    before_S = (start_S - context_S)[order]
+
+    def put(array: np.ndarray, dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.from_numpy(array).to(device, dtype)
+
     return Pack(
-        input_ids_N=torch.tensor([token for i in order for token in sequences[i]]).to(device),
-        position_ids_N=(torch.arange(total) - first_N).to(device),
-        start=tuple(start),
-        lengths=lengths,
-        contexts=contexts,
-        boundaries=boundaries.to(device, torch.int32),
-        context_C=torch.tensor(context, dtype=torch.long).to(device),
-        key_M=torch.tensor(keys, dtype=torch.long).to(device),
-        key_boundaries=F.pad((length_S + context_S).cumsum(0), (1, 0)).to(device, torch.int32),
-        buckets=tuple(_bucket(*part, device) for part in _split(lengths, contexts)),
+        input_ids_N=put(tokens),
+        position_ids_N=put(np.arange(len(tokens)) - before_S.repeat(own_S[order])),
+        start=tuple(start_S.tolist()),
+        lengths=tuple(own_S[order].tolist()),
+        contexts=tuple(context_S[order].tolist()),
+        boundaries=put(np.append(0, own_S[order].cumsum()), torch.int32),
+        path_M=torch.from_numpy(path_M),
+        path_start=tuple(path_start_S.tolist()),
+        key_M=put(path_M),
+        key_boundaries=put(np.append(0, path_S[order].cumsum()), torch.int32),
+        buckets=tuple(
+            Bucket(g.count, g.keys, g.queries, None if g.context_b is None else put(g.context_b))
+            for g in grids
+        ),
+        query_Q=put(np.concatenate([grid.query for grid in grids])),
+        key_C=put(np.concatenate([grid.key for grid in grids])),
+        cell_N=put(np.concatenate(cells)),
     )
 
 
@@ -117,9 +149,10 @@ def collect(rows: Tensor, index_n: Tensor) -> Tensor:
     return _Collect.apply(rows, index_n)
 
 
-def spread(rows: Tensor, cell_n: Tensor, cells: int) -> Tensor:
-    """Zeros [cells, ...] with `rows` [n, ...] at `cell_n` (no cell twice)."""
-    return _Spread.apply(rows, cell_n, cells)
+def to_cells(rows: Tensor, place_c: Tensor, cell_n: Tensor) -> Tensor:
+    """Rows `place_c` of `rows`, each of which is in one cell, `cell_n`, and in no other but as
+    padding: cells whose gradient is 0."""
+    return _ToCells.apply(rows, place_c, cell_n)
 
 
 def refuse_unless(fine: bool, model: nn.Module, reason: str) -> None:
@@ -130,50 +163,90 @@ def refuse_unless(fine: bool, model: nn.Module, reason: str) -> None:
         )
 
 
-def _paths(parents: Sequence[int | None]) -> list[tuple[int, ...]]:
-    """The ancestors of each sequence, the root first."""
-    paths: list[tuple[int, ...]] = []
-    for i, parent in enumerate(parents):
-        if parent is not None and not 0 <= parent < i:
-            raise ValueError(f"sequence {i} continues sequence {parent}, which is not before it")
-        paths.append(() if parent is None else (*paths[parent], parent))
+def _refuse_missing_parents(parents: Sequence[tuple[int, int] | None], path_S: np.ndarray) -> None:
+    for i, (j, length) in ((i, parent) for i, parent in enumerate(parents) if parent is not None):
+        if not 0 <= j < i:
+            raise ValueError(f"sequence {i} continues sequence {j}, which is not before it")
+        if not 1 <= length <= path_S[j]:
+            raise ValueError(
+                f"sequence {i} continues the first {length} tokens of sequence {j}, whose path "
+                f"has {path_S[j]}"
+            )
+
+
+def _starts(length_S: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Where each sequence begins, with all of them end to end in `order`."""
+    start_S = np.empty_like(length_S)
+    start_S[order] = length_S[order].cumsum() - length_S[order]
+    return start_S
+
+
+def _paths(
+    start_S: np.ndarray, own_S: np.ndarray, parents: Sequence[tuple[int, int] | None]
+) -> list[np.ndarray]:
+    """The places of the tokens of each path."""
+    paths: list[np.ndarray] = []
+    for start, length, parent in zip(start_S, own_S, parents, strict=True):
+        own = np.arange(start, start + length)
+        paths.append(own if parent is None else np.append(paths[parent[0]][: parent[1]], own))
     return paths
 
 
-def _split(lengths: Sequence[int], contexts: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Own and context lengths of each bucket."""
-    parts: list[tuple[list[int], list[int]]] = []
-    for length, context in zip(lengths, contexts, strict=True):  # longest first
-        longest = parts[-1][0][0] + parts[-1][1][0] if parts else 0
-        if not parts or length + context < BUCKET_RATIO * longest:
-            parts.append(([], []))
-        parts[-1][0].append(length)
-        parts[-1][1].append(context)
-    return parts
+def _split(order: np.ndarray, kind_S: np.ndarray, path_S: np.ndarray) -> list[np.ndarray]:
+    """The sequences of each bucket."""
+    cuts, first = [], order[0]
+    for at, i in enumerate(order):
+        if kind_S[i] != kind_S[first] or path_S[i] < BUCKET_RATIO * path_S[first]:
+            cuts.append(at)
+            first = i
+    return np.split(order, cuts)
 
 
-def _bucket(lengths: list[int], contexts: list[int], device: torch.device | str | None) -> Bucket:
-    count, width, tokens = len(lengths), lengths[0] + contexts[0], sum(lengths)
-    if tokens == count * width:
-        return Bucket(count, width, tokens, 0, None, None)
-    context_b1 = torch.tensor(contexts)[:, None]
-    own_b1 = torch.tensor(lengths)[:, None]
-    place_bt = torch.arange(width).expand(count, width)
-    before_bt = place_bt < context_b1
-    own_bt = ~before_bt & (place_bt < context_b1 + own_b1)
-    cell_n = own_bt.flatten().nonzero()[:, 0]
-    cell_m = torch.cat([cell_n, before_bt.flatten().nonzero()[:, 0]])
-    return Bucket(count, width, tokens, sum(contexts), cell_n.to(device), cell_m.to(device))
+class _Grid(NamedTuple):
+    """A bucket with the places in its cells, row by row, and the cells of the own tokens."""
+
+    count: int
+    keys: int
+    queries: int
+    context_b: np.ndarray | None
+    query: np.ndarray
+    key: np.ndarray
+    cell: np.ndarray
 
 
-class _Spread(torch.autograd.Function):
-    """Rows [n, ...] put at `cell_n` of zeros [cells, ...]; each cell is hit at most once, so the
-    gradient is a plain gather (index_select's own backward adds row by row)."""
+def _grid(
+    path_M: np.ndarray, start_b: np.ndarray, context_b: np.ndarray, own_b: np.ndarray, trimmed: bool
+) -> _Grid:
+    before_b = context_b if trimmed else np.zeros_like(context_b)  # what has no cells for queries
+    path_b = context_b + own_b
+    keys, queries = path_b.max(), (path_b - before_b).max()
+
+    def places(start_b: np.ndarray, length_b: np.ndarray, width: int) -> np.ndarray:
+        column_bt = np.minimum(np.arange(width), length_b[:, None] - 1)
+        return path_M[start_b[:, None] + column_bt].ravel()
+
+    column_t = np.arange(queries)
+    own_bt = (column_t >= (context_b - before_b)[:, None]) & (
+        column_t < (path_b - before_b)[:, None]
+    )
+    return _Grid(
+        count=len(own_b),
+        keys=int(keys),
+        queries=int(queries),
+        context_b=context_b if trimmed else None,
+        query=places(start_b + before_b, path_b - before_b, queries),
+        key=places(start_b, path_b, keys),
+        cell=own_bt.ravel().nonzero()[0],
+    )
+
+
+class _ToCells(torch.autograd.Function):
+    """The gradient is a plain gather (index_select's own backward adds row by row)."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, cell_n: Tensor, cells: int) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, place_c: Tensor, cell_n: Tensor) -> Tensor:
         ctx.save_for_backward(cell_n)
-        return rows.new_zeros(cells, *rows.shape[1:]).index_copy_(0, cell_n, rows)
+        return rows.index_select(0, place_c)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:

@@ -2,7 +2,7 @@
 // Trees of rollouts: where their nodes stand, what colour they have, and the ways through them.
 // Pure functions; report_tree_view.js draws. `nodes` is that of a line of trees/step_<n>.jsonl:
 // parallel arrays, parents before children.
-const ROOT = 0, POLICY = 1, ENV = 2, ODE = 3;
+const ROOT = "root", POLICY = "policy", ENV = "env", ODE = "ode";
 const NARROW = 0.3; // width of a level on which nothing branches, beside one on which something does
 const SMALLEST = 10, WIDEST = 260; // pixels of a narrow and of a whole level
 const finite = v => typeof v === "number" && Number.isFinite(v);

@@ -1,7 +1,7 @@
 // The section "Trees" of the page: draws one tree, and what is known of the node that is selected.
 // All that comes from the run goes through textContent, setAttribute or a number; none of it is
 // ever markup.
-const KINDS = ["root", "policy", "forced", "deterministic"];
+const KINDS = { [ROOT]: "root", [POLICY]: "policy", [ENV]: "forced", [ODE]: "deterministic" };
 const LEFT = 14, TOP = 6, AXIS = 22; // pixels around the tree
 const ASIDE = 16, LABEL = 60; // pixels between a leaf and its reward, and of the reward
 const KEYS = ["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home"];

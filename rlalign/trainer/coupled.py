@@ -16,7 +16,7 @@ from rlalign import algos
 from rlalign.algos.metrics import Metrics
 from rlalign.config import Config
 from rlalign.errors import RlalignError
-from rlalign.trainer.packing import Row
+from rlalign.trainer.packing import Row, load
 from rlalign.types import TrainBatch
 
 
@@ -35,15 +35,13 @@ def rows_of_groups(batch: TrainBatch) -> list[list[int]]:
 def groups_as_rows(
     rows: Sequence[Row], groups: Sequence[Sequence[int]], max_tokens: int
 ) -> list[Row]:
-    """Each group as one row of a plan of micro-batches, its prompt run once where keys are equal.
+    """Each group, indices of `rows` in ascending order, as one row of a plan of micro-batches.
 
     Raises SplitGroupError for one of more than `max_tokens` tokens.
     """
     whole = []
     for number, members in enumerate(groups):
-        prompts = {rows[i].key: rows[i].prompt_tokens for i in members}
-        tokens = sum(prompts.values())
-        tokens += sum(rows[i].tokens - rows[i].prompt_tokens for i in members)
+        tokens = load(members, rows)
         if tokens > max_tokens:
             raise SplitGroupError(
                 f"the {len(members)} completions of one prompt are {tokens} tokens, more than "

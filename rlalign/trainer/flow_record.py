@@ -14,6 +14,7 @@ from rlalign.algos.branch_grpo import TreeCredit
 from rlalign.config import AlgoConfig
 from rlalign.tracking.png import data_uri
 from rlalign.trainer.record_trees import tree_metrics, tree_rows
+from rlalign.types import POLICY, Tree
 
 if TYPE_CHECKING:
     from rlalign.trainer.flow_job import FlowRollout
@@ -58,6 +59,7 @@ def leaf_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[
     num_trees = len(batch.local.tree.tree_N.unique())
     leaf_L = torch.arange(len(batch.local.tree))[shape.levels(num_trees)[-1]]
     rows = []
+    decided_N = _last_choice(batch.tree)
     for i, node in enumerate(batch.own_N[leaf_L].tolist()):
         prompt = rollout.prompts[int(batch.tree.group_N[node])]
         rows.append(
@@ -72,10 +74,20 @@ def leaf_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[
                 "reward": _number(scores.reward_B[i]),
                 "acc": _number(scores.acc_B[i]),
                 "rewards": {n: _number(v_B[i]) for n, v_B in scores.by_function.items()},
-                "advantage": float(credit.advantage_N[node]),
+                "advantage": float(credit.advantage_N[decided_N[node]]),
             }
         )
     return rows
+
+
+def _last_choice(tree: Tree) -> torch.Tensor:
+    """For each node the last one on its path that the policy chose: below it steps may be
+    deterministic."""
+    at_N = torch.arange(len(tree))
+    for _ in range(int(tree.depth_N.max())):
+        above = (tree.kind_N[at_N] != POLICY) & (tree.parent_N[at_N] >= 0)
+        at_N = torch.where(above, tree.parent_N[at_N], at_N)
+    return at_N
 
 
 def _thumbnail(image: torch.Tensor) -> torch.Tensor:

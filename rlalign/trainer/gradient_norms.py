@@ -29,8 +29,8 @@ from rlalign.kernels.linear_logprob import Lora, linear_logprob
 from rlalign.models.pack import Pack, make_pack
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
-from rlalign.trainer.packing import Row, micro_batches
-from rlalign.trainer.rows import RowPlan, plan_rows, prompt_keys
+from rlalign.trainer.packing import Row, load, micro_batches
+from rlalign.trainer.rows import RowPlan, plan_rows, prompt_keys, rows_to_run
 from rlalign.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -116,26 +116,27 @@ def _micro_batches(
 ) -> list[list[int]]:
     """This process's rows, micro-batch by micro-batch; those with the same prompt stay together
     where sets are given."""
-    keys, limit = prompt_keys(batch), config.trainer.micro_batch_tokens
-    shared = config.trainer.packing and grad_params == "lm_head"
-    rows = [
-        Row(len(sequence), key if shared else i, len(sequence) - length)
-        for i, (sequence, key, length) in enumerate(
-            zip(batch.sequences, keys, batch.completion_len_B.tolist(), strict=True)
-        )
-    ]
-    if set_id_B is None:
-        return micro_batches(rows, limit, world.size)[world.rank]
+    limit = config.trainer.micro_batch_tokens
+    share_prefixes = config.trainer.packing and grad_params == "lm_head"
+    order, rows = rows_to_run(batch, share_prefixes=share_prefixes)
+    groups = [[at] for at in range(len(rows))]
+    if set_id_B is not None:
+        groups = _by_prompt(order, prompt_keys(batch), set_id_B.tolist())
+        rows = [Row(load(group, rows), number, 0) for number, group in enumerate(groups)]
+    parts = micro_batches(rows, limit, world.size)[world.rank]
+    return [[order[at] for unit in part for at in groups[unit]] for part in parts]
+
+
+def _by_prompt(order: list[int], key_B: list[int], set_id_B: list[int]) -> list[list[int]]:
+    """Places in `order` of the rows of each prompt."""
     groups: dict[int, list[int]] = {}
     key_of_set: dict[int, int] = {}
-    for i, (key, name) in enumerate(zip(keys, set_id_B.tolist(), strict=True)):
-        groups.setdefault(key, []).append(i)
+    for at, i in enumerate(order):
+        key, name = key_B[i], set_id_B[i]
+        groups.setdefault(key, []).append(at)
         if name >= 0 and key_of_set.setdefault(name, key) != key:
             raise GradientNormError(f"set {name} has rows with different prompts: make it two sets")
-    members = list(groups.values())
-    whole = [Row(sum(rows[i].tokens for i in group), i, 0) for i, group in enumerate(members)]
-    parts = micro_batches(whole, limit, world.size)[world.rank]
-    return [[i for group in part for i in members[group]] for part in parts]
+    return list(groups.values())
 
 
 # --- lm_head -------------------------------------------------------------------------------------
@@ -145,9 +146,9 @@ def _micro_batches(
 def _of_head(
     policy: Policy, batch: TrainBatch, temperature: float, set_id_B: Tensor | None
 ) -> GradientNorms:
-    plan, row_M = _counted(plan_rows(batch, share_prompts=policy.packing), batch)
+    plan, row_M = _counted(plan_rows(batch, share_prefixes=policy.packing), batch)
     pack = make_pack(plan.sequences, plan.parents, policy.head.weight.device)
-    hidden_MD = policy.hidden_states(plan, pack)
+    hidden_MD = policy.hidden_states(pack, plan.places(pack))
 
     def norms(hidden: Tensor, weight: Tensor, target: Tensor, **options: Any) -> GradientNorms:
         options = {name: options[name] for name in HEAD_OPTIONS}
@@ -189,14 +190,14 @@ class Embedded:
 def _of_embedding(policy: Policy, batch: TrainBatch, temperature: float) -> Tensor:
     """[B] float32."""
     embedding, scale = _embedding(policy)
-    whole = plan_rows(batch, share_prompts=False)  # of a shared token there is one sum only
+    whole = plan_rows(batch, share_prefixes=False)  # of a shared token there is one sum only
     plan, row_M = _counted(whole, batch)
     if not len(row_M):
         return torch.zeros(len(batch), device=embedding.weight.device)
     pack = make_pack(plan.sequences, plan.parents, policy.head.weight.device)
     target_M = plan.target_M.to(policy.head.weight.device)
     with torch.enable_grad(), _watched(embedding, scale) as seen:
-        hidden_MD = policy.hidden_states(plan, pack)
+        hidden_MD = policy.hidden_states(pack, plan.places(pack))
         logp_M = policy.head(hidden_MD, target_M, temperature, function=_logp_of_frozen)
         (grad,) = torch.autograd.grad(logp_M.sum(), seen.output)
     grad = grad.double().mul_(scale)
@@ -269,7 +270,7 @@ def _logp_of_frozen(
 
 def _row_of_each(whole: RowPlan, pack: Pack, batch: TrainBatch, *, padded: bool) -> Tensor:
     """The row of `batch` that each embedded token belongs to [N]; `whole` is the plan of all
-    completion tokens, without shared prompts."""
+    completion tokens, each row alone."""
     row_S = torch.empty(len(whole.sequences), dtype=torch.long)
     row_S[whole.sequence_M] = whole.cell_M // batch.mask_BT.shape[1]
     row_S = row_S[torch.tensor(pack.start).argsort()]

@@ -2,12 +2,13 @@
 
     logp_bt = log softmax(z / temperature)[token t of completion b],  z = head(backbone(prefix))
 
-Rows are packed without padding (models/packed.py), a prompt that several rows share only once
+Rows are packed without padding (models/packed.py), what several of them begin with only once
 (trainer/rows.py); the head (kernels/linear_logprob.py) sees only the positions that predict
 completion tokens. The temperature is the sampling temperature: otherwise ratios compare two
 distributions.
 
-Shapes: B rows, T completion columns, N packed tokens, M completion tokens, D hidden size.
+Shapes: B rows, T completion columns, N packed tokens, M completion tokens, U different ones, D
+hidden size.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from rlalign.models.norm import quicken_norms
 from rlalign.models.pack import Pack, collect, make_pack
 from rlalign.models.packed import install, packed_hidden, padded_hidden, replaceable
 from rlalign.trainer.gradient_norms import GradientNorms, gradient_norms
-from rlalign.trainer.rows import RowPlan, plan_rows
+from rlalign.trainer.rows import plan_rows
 from rlalign.types import TrainBatch
 
 
@@ -154,20 +155,24 @@ class Policy(nn.Module):
         for row, logp_T in zip(rows, actual_BT, strict=True):
             refuse_unless_own(self.model, row, logp_T[: len(row) - 1])
 
-    def hidden_states(self, plan: RowPlan, pack: Pack) -> Tensor:
-        """Final hidden states [M, D] of the token before each completion token; `pack` is that of
-        the plan's sequences."""
+    def hidden_states(self, pack: Pack, place_M: Tensor) -> Tensor:
+        """Final hidden states [M, D] at places of `pack`."""
         hidden_ND = (packed_hidden if self.packing else padded_hidden)(self.model, pack)
-        return collect(hidden_ND, plan.places(pack).to(hidden_ND.device))
+        return collect(hidden_ND, place_M.to(hidden_ND.device))
 
     def _score(self, batch: TrainBatch, temperature: float, entropy: bool) -> PolicyOutput:
         device = self.head.weight.device
-        plan = plan_rows(batch, share_prompts=self.packing)
-        hidden_MD = self.hidden_states(plan, make_pack(plan.sequences, plan.parents, device))
-        scored = self.head(hidden_MD, plan.target_M.to(device), temperature, entropy)
-        shape, cell_M = batch.mask_BT.shape, plan.cell_M.to(device)
-        logp_BT = _scatter(scored.logp, cell_M, shape)
-        return PolicyOutput(logp_BT, _scatter(scored.entropy, cell_M, shape) if entropy else None)
+        plan = plan_rows(batch, share_prefixes=self.packing)
+        pack = make_pack(plan.sequences, plan.parents, device)
+        place_U, target_U, index_M = plan.predictions(pack)
+        hidden_UD = self.hidden_states(pack, place_U)
+        scored = self.head(hidden_UD, target_U.to(device), temperature, entropy)
+
+        def to_rows(value_U: Tensor) -> Tensor:
+            value_M = collect(value_U, index_M.to(device))
+            return _scatter(value_M, plan.cell_M.to(device), batch.mask_BT.shape)
+
+        return PolicyOutput(to_rows(scored.logp), to_rows(scored.entropy) if entropy else None)
 
 
 def _scatter(value_M: Tensor, cell_M: Tensor, shape: torch.Size) -> Tensor:

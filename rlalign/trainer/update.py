@@ -25,8 +25,8 @@ from rlalign.trainer.batch import bare_batch
 from rlalign.trainer.coupled import groups_as_rows, rows_of_groups, slopes
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
-from rlalign.trainer.packing import Row, micro_batches
-from rlalign.trainer.rows import prompt_keys
+from rlalign.trainer.packing import micro_batches
+from rlalign.trainer.rows import rows_to_run
 from rlalign.types import TrainBatch
 
 if TYPE_CHECKING:
@@ -195,18 +195,15 @@ def my_micro_batches(
 ) -> list[list[int]]:
     """This process's micro-batches; every process gets the same number of them. With `whole_groups`
     rows that depend on each other are in one of them."""
-    keys = prompt_keys(batch) if config.trainer.packing else range(len(batch))
-    lengths = batch.completion_len_B.tolist()
-    rows = [
-        Row(tokens=len(sequence), key=key, prompt_tokens=len(sequence) - length)
-        for sequence, key, length in zip(batch.sequences, keys, lengths, strict=True)
-    ]
+    order, rows = rows_to_run(batch, share_prefixes=config.trainer.packing)
     limit = config.trainer.micro_batch_tokens
-    if not (whole_groups and algos.couples_rows(config.algo)):
-        return micro_batches(rows, limit, world.size)[world.rank]
-    groups = rows_of_groups(batch)
-    mine = micro_batches(groups_as_rows(rows, groups, limit), limit, world.size)[world.rank]
-    return [[row for group in part for row in groups[group]] for part in mine]
+    groups = [[at] for at in range(len(rows))]
+    if whole_groups and algos.couples_rows(config.algo):
+        place = {row: at for at, row in enumerate(order)}
+        groups = [sorted(place[row] for row in group) for group in rows_of_groups(batch)]
+        rows = groups_as_rows(rows, groups, limit)
+    mine = micro_batches(rows, limit, world.size)[world.rank]
+    return [[order[at] for unit in part for at in groups[unit]] for part in mine]
 
 
 def add_log_probs(

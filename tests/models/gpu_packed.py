@@ -20,8 +20,11 @@ SIZES = dict(
     vocab_size=97, hidden_size=128, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=KV_HEADS, intermediate_size=160, max_position_embeddings=512,
 )  # fmt: skip
-# own length and parent: groups of one prompt, a chain, a lone sequence
-TREE = ((70, None), (90, 0), (1, 0), (200, 0), (14, None), (33, 4), (50, 5), (16, 5), (111, None))
+# own length and what it continues: a whole path, a part of one, of one's context
+TREE = (
+    (70, None), (90, (0, 70)), (1, (0, 31)), (200, (1, 120)), (14, None), (33, (4, 14)),
+    (50, (5, 47)), (16, (6, 9)), (111, None),
+)  # fmt: skip
 
 
 def model(kind: str, dtype: torch.dtype):
@@ -47,7 +50,7 @@ def test_packed_trees_in_half_precision_are_near_whole_rows_in_float32(kind, mon
     packed.install(ours)
     rows, expected = [], []
     for part, parent in zip(parts, parents, strict=True):
-        rows.append(part if parent is None else rows[parent] + part)
+        rows.append(part if parent is None else rows[parent[0]][: parent[1]] + part)
         hidden = exact.base_model(torch.tensor([rows[-1]], device="cuda"), use_cache=False)
         expected.append(hidden.last_hidden_state[0, -len(part) :])
     pack = make_pack(parts, parents, "cuda")

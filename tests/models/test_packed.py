@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rlalign.models import packed
+from rlalign.models import attention, packed
 from rlalign.models.pack import BUCKET_RATIO, PackingError, collect, make_pack
 from rlalign.models.random import init_model, small_config
 
@@ -94,9 +94,10 @@ def test_a_sequence_does_not_depend_on_its_neighbours(architecture):
     assert_close(halves, base, 1e-6)
 
 
-# own length and parent of each sequence: groups of one prompt, a chain, a lone sequence
+# own length of each sequence, and what it continues: a whole path, a part of one, of one's context
 TREE = (
-    (7, None), (9, 0), (1, 0), (30, 0), (14, None), (3, 4), (5, 5), (2, 6), (16, 5), (11, None),
+    (7, None), (9, (0, 7)), (1, (0, 3)), (30, (1, 12)), (14, None), (3, (4, 14)), (5, (5, 16)),
+    (2, (6, 1)), (16, (5, 9)), (11, None), (4, (3, 2)), (1, (8, 25)),
 )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def whole_rows(parts, parents):
     """Each sequence with all that it continues."""
     rows = []
     for part, parent in zip(parts, parents, strict=True):
-        rows.append(part if parent is None else rows[parent] + part)
+        rows.append(part if parent is None else rows[parent[0]][: parent[1]] + part)
     return rows
 
 
@@ -127,27 +128,81 @@ def test_a_continued_sequence_runs_once_with_the_values_and_gradients_of_whole_r
     assert (got - want).norm() <= 1e-5 * want.norm()
 
 
-def test_the_places_of_a_context_are_those_of_its_ancestors():
+def test_the_places_of_a_path_hold_the_tokens_of_the_whole_row():
     lengths, parents = zip(*TREE, strict=True)
     parts = sequences(lengths)
     pack = make_pack(parts, parents)
-    rows = sorted(whole_rows(parts, parents), key=len, reverse=True)
-    ends = pack.key_boundaries.tolist()
-    for row, start, end in zip(rows, ends, ends[1:], strict=False):
-        assert tuple(pack.input_ids_N[pack.key_M[start:end]].tolist()) == row
+    rows = whole_rows(parts, parents)
+    for row, start in zip(rows, pack.path_start, strict=True):
+        places = pack.path_M[start : start + len(row)]
+        assert tuple(pack.input_ids_N[places].tolist()) == row
+        assert pack.position_ids_N[places].tolist() == list(range(len(row)))
+    order = sorted(range(len(rows)), key=lambda i: pack.path_start[i])
+    ends = [sum(len(rows[i]) for i in order[:n]) for n in range(len(rows) + 1)]
+    assert pack.key_boundaries.tolist() == ends
+
+
+def attention_of_a_path(query, key, value, places, window, softcap):
+    """By loops over heads and queries; the last of `places` last."""
+    groups = query.shape[1] // key.shape[1]
+    out = torch.empty(len(places), *query.shape[1:], dtype=query.dtype)
+    for i, place in enumerate(places):
+        seen = places[max(0, i + 1 - window) if window else 0 : i + 1]
+        for head in range(query.shape[1]):
+            scores = key[seen, head // groups] @ query[place, head] / query.shape[2] ** 0.5
+            if softcap:
+                scores = softcap * torch.tanh(scores / softcap)
+            weights = scores.exp() / scores.exp().sum()
+            out[i, head] = weights @ value[seen, head // groups]
+    return out
+
+
+@pytest.mark.parametrize("window", [None, 2, 6])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("parents", [None, [parent for _, parent in TREE]], ids=["rows", "tree"])
+def test_attention_in_float64_is_that_of_loops_over_paths(parents, window, softcap):
+    """Values and gradients, two query heads to one of keys."""
+    lengths = [length for length, _ in TREE]
+    parts = sequences(lengths)
+    pack = make_pack(parts, parents)
+    rng = torch.Generator().manual_seed(2)
+    tensors = [
+        torch.randn(sum(lengths), heads, 8, generator=rng, dtype=torch.float64).requires_grad_()
+        for heads in (4, 2, 2)
+    ]
+    options = dict(scaling=None, window=window, softcap=softcap)
+    actual = attention._bucketed(*tensors, attention.PackedRun(pack), **options)
+    expected = torch.empty_like(actual)
+    whole = whole_rows(parts, parents) if parents else parts
+    for part, row, first in zip(parts, whole, pack.path_start, strict=True):
+        places = pack.path_M[first : first + len(row)]
+        out = attention_of_a_path(*tensors, places, window, softcap)[-len(part) :]
+        expected = expected.index_copy(0, places[-len(part) :], out)
+    weight = torch.randn(actual.shape, generator=rng, dtype=torch.float64)
+    assert float((actual - expected).detach().abs().max()) <= 1e-12
+    grads = [torch.autograd.grad((x * weight).sum(), tensors) for x in (actual, expected)]
+    for got, want in zip(*grads, strict=True):
+        assert float((got - want).norm()) <= 1e-12 * float(want.norm())
 
 
 @pytest.mark.parametrize("parent", [1, 2, -1])
 def test_a_parent_that_does_not_come_before_is_refused(parent):
     with pytest.raises(ValueError, match="not before it"):
-        make_pack([(1,), (2,)], [None, parent])
+        make_pack([(1,), (2,)], [None, (parent, 1)])
+
+
+@pytest.mark.parametrize("length", [0, -1, 4])
+def test_more_than_there_is_to_continue_is_refused(length):
+    """The path of the second has three tokens, of which one is its own."""
+    with pytest.raises(ValueError, match=f"first {length} tokens of sequence 1.* has 3"):
+        make_pack([(1, 2), (3,), (4,)], [None, (0, 2), (1, length)])
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "gemma2"])
 def test_equal_lengths_need_no_padding_and_give_the_same(architecture):
     own, ours = pair(architecture)
     rows = sequences((11,) * 5)
-    assert [bucket.cell_n for bucket in make_pack(rows).buckets] == [None]
+    assert make_pack(rows).dense
     assert_close(together(ours, rows), alone(own, rows), 1e-5)
 
 
@@ -183,9 +238,17 @@ def test_a_token_taken_often_adds_its_gradients_in_float32():
 def test_buckets_waste_little_and_cover_every_token():
     lengths = [1 + 13 * i % 97 for i in range(60)]
     pack = make_pack(sequences(lengths))
-    assert sum(bucket.tokens for bucket in pack.buckets) == sum(lengths)
-    grid = sum(bucket.count * bucket.width for bucket in pack.buckets)
-    assert grid <= sum(lengths) / BUCKET_RATIO
+    grid = sum(bucket.count * bucket.queries for bucket in pack.buckets)
+    assert grid == len(pack.query_Q) <= sum(lengths) / BUCKET_RATIO
+    assert pack.query_Q[pack.cell_N].tolist() == list(range(sum(lengths)))
+
+
+def test_a_long_context_gets_no_cells_for_queries():
+    """Sixteen tails of 10 to 14 tokens behind 100 and 90 of the first sequence."""
+    tails = [10 + i % 5 for i in range(16)]
+    pack = make_pack(sequences([100, *tails]), [None, *[(0, 90 + i % 2 * 10) for i in range(16)]])
+    assert len(pack.query_Q) <= 100 + 16 * 14
+    assert pack.query_Q[pack.cell_N].tolist() == list(range(100 + sum(tails)))
 
 
 def test_an_installed_model_still_generates_like_before():

@@ -42,7 +42,7 @@ def tree(step, number=0, **nodes):
     columns = {
         "parent": [-1, 0, 0],
         "depth": [0, 1, 1],
-        "kind": [0, 1, 1],
+        "kind": ["root", "policy", "policy"],
         "value": [0.5, None, 0.5],
         "advantage": [0.0, 0.0, 0.7],
         "kept": [False, False, True],

@@ -71,7 +71,7 @@ def _nodes(parent: list[int], depth: list[int], **columns: list) -> dict[str, li
     same = {
         "parent": parent,
         "depth": depth,
-        "kind": [0, *[1] * (count - 1)],
+        "kind": ["root", *["policy"] * (count - 1)],
         "value": [i / count for i in range(count)],
         "advantage": [0.0] * count,
         "kept": [True] * count,
@@ -177,7 +177,7 @@ def test_only_edges_of_the_policy_are_pruned_and_what_has_no_value_is_dead():
     tree = _nodes(
         [-1, 0, 0, 0, 0, 0],
         [0, 1, 1, 1, 1, 1],
-        kind=[0, 1, 1, 1, 2, 3],
+        kind=["root", "policy", "policy", "policy", "env", "ode"],
         value=[0.5, 0.5, None, 0.5, 0.5, 0.5],
         kept=[False, True, False, False, False, False],
     )

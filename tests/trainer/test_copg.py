@@ -96,7 +96,7 @@ def by_trainer(engine: TorchEngine, batch: TrainBatch, config) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("mode", ["group_in_microbatch", "two_pass"])
-@pytest.mark.parametrize("tokens", [45, 55, 4096])
+@pytest.mark.parametrize("tokens", [38, 45, 4096])
 @pytest.mark.parametrize("packing", ["true", "false"])
 def test_any_split_has_the_gradient_of_the_formula(folder, mode, tokens, packing):
     engine = make_engine(folder)
