@@ -39,6 +39,7 @@ def test_discard_after_keeps_whole_records_up_to_the_step_and_drops_a_torn_line(
     for step in range(1, 6):
         run_dir.append_metrics({"step": step, "reward": step / 10})
         run_dir.write_rollouts(step, [{"step": step}])
+        run_dir.write_trees(step, [{"step": step}] if step % 2 else [])
     with run_dir.metrics.open("a") as file:
         file.write('{"step": 6, "rew')  # killed while writing
     run_dir.discard_after(3)
@@ -48,6 +49,7 @@ def test_discard_after_keeps_whole_records_up_to_the_step_and_drops_a_torn_line(
         "step_000002",
         "step_000003",
     ]
+    assert sorted(f.stem for f in run_dir.trees.iterdir()) == ["step_000001", "step_000003"]
     run_dir.append_metrics({"step": 4, "reward": 0.0})
     assert len(run_dir.read_metrics()) == 4
 

@@ -53,7 +53,8 @@ def figures(run: Path) -> list[dict]:
 
 
 def samples(run: Path) -> list[str]:
-    return [file.read_text() for file in sorted((run / "rollouts").iterdir())]
+    folders = (run / "rollouts", run / "trees")
+    return [file.read_text() for folder in folders for file in sorted(folder.glob("*"))]
 
 
 def weights(run: Path):
@@ -131,6 +132,11 @@ VARIANTS = {
     "LoRA, KL in the reward": ["model.lora.rank=4", "algo.beta=0.1", "algo.kl_in=reward"],
     "evaluation": ["trainer.eval_every=2", "trainer.eval_samples=2", "task.eval=DATA", RIGHT],
     "epochs within a step": ["trainer.prompts_per_step=20"],
+    "trees of tokens": [
+        "algo.loss_type=branch_grpo",
+        "algo.tree.depth_prune={size: 1, start: 1, interval: 2, stop: 2}",
+        "rollout.tree={num_trees: 2, segment_length: 3, max_leaves: 4, fallback: true}",
+    ],
 }
 
 
