@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 
 from rlalign import algos
 from rlalign.config import Config, ConfigError
@@ -155,7 +156,7 @@ def _load_policy(config: Config, world: World, *, with_reference: bool) -> Polic
     return policy
 
 
-def build_train_engine(policy: Policy, config: Config, world: World) -> TrainEngine:
+def build_train_engine(policy: nn.Module, config: Config, world: World) -> TrainEngine:
     dtype = getattr(torch, config.model.dtype)
     if config.trainer.engine == "torch":
         return TorchEngine(policy, config.trainer.optim, dtype=dtype, world=world)

@@ -20,7 +20,7 @@ from rlalign.trainer import record
 from rlalign.trainer.ahead import MAX_RESENDS, RolloutsAhead
 from rlalign.trainer.batch import check_versions, make_train_batch, oldest_version
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
-from rlalign.trainer.job import Job, Progress
+from rlalign.trainer.job import Job, Progress, Run
 from rlalign.trainer.publish import check_engine, publish
 from rlalign.trainer.record_trees import token_trees_record
 from rlalign.trainer.schedule import lr_schedule
@@ -176,7 +176,7 @@ def count_skipped(progress: Progress, updated: UpdateResult) -> None:
         progress.skipped_in_a_row += updated.skipped_steps
 
 
-def check_skipped(job: Job) -> None:
+def check_skipped(job: Run) -> None:
     """Stop when non-finite gradients come one after the other: the weights are then frozen."""
     progress, limit = job.progress, job.config.trainer.max_skipped_steps
     if progress.skipped_in_a_row >= limit:
@@ -187,7 +187,7 @@ def check_skipped(job: Job) -> None:
         )
 
 
-def result(job: Job) -> dict[str, Any]:
+def result(job: Run) -> dict[str, Any]:
     """The content of result.json."""
     progress, memory = job.progress, record.memory_metrics()
     return {
