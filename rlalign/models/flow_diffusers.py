@@ -139,7 +139,7 @@ class PipelineFlow(FlowModel):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write a folder that `load_flow_model` and diffusers read (`pipeline.save_pipeline`)."""
-        save_pipeline(self.pipeline, self.folder, Path(folder))
+        save_pipeline(self.pipeline, self.transformer, self.folder, Path(folder))
 
     def shape_of(self, image: ImageConfig) -> tuple[int, ...]:
         """The latent's shape. Raises ModelError for an image that is none of this pipeline's."""

@@ -103,14 +103,13 @@ def load_pipeline(
     return pipeline.to(device)
 
 
-def save_pipeline(pipeline: Any, source: Path, target: Path) -> None:
-    """Write the pipeline's present network to `target`, and link there all other parts of the
-    folder `source` that it was loaded from: hard links, copies where the file system has none.
+def save_pipeline(pipeline: Any, network: Any, source: Path, target: Path) -> None:
+    """Write `network` to `target`, and link there all other parts of the folder `source` that
+    `pipeline` was loaded from: hard links, copies where the file system has none.
 
     With LoRA the network is the merged one, and the adapters alone are in `target`/adapter, for the
     pipeline's `load_lora_weights`.
     """
-    network = getattr(pipeline, NETWORK)
     target.mkdir(parents=True, exist_ok=True)
     if target.resolve() != source.resolve():
         shutil.copyfile(source / PIPELINE_FILE, target / PIPELINE_FILE)

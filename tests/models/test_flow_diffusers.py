@@ -41,13 +41,19 @@ def folders(tmp_path_factory) -> dict[str, Path]:
     return {f: write_random_pipeline(root / f, f, seed=1) for f in FAMILIES}
 
 
-@pytest.fixture(params=FAMILIES)
+@pytest.fixture(scope="module", params=FAMILIES)
 def family(request) -> str:
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model(family, folders):
+    """For tests that leave it as it is."""
+    return load_flow_model(str(folders[family]), image=image_of(family))
+
+
+@pytest.fixture
+def fresh(family, folders):
     return load_flow_model(str(folders[family]), image=image_of(family))
 
 
@@ -134,7 +140,8 @@ def test_a_row_depends_on_its_own_state_time_and_text_alone(model):
     torch.testing.assert_close(decoded[1:2], model.decode(z[1:2]), rtol=0, atol=1e-6)
 
 
-def test_a_text_is_encoded_once_and_by_itself(model, monkeypatch):
+def test_a_text_is_encoded_once_and_by_itself(fresh, monkeypatch):
+    model = fresh
     texts = []
     encode = model.encode
     monkeypatch.setattr(model, "encode", lambda text: texts.append(text) or encode(text))
@@ -181,7 +188,8 @@ def test_only_the_transformer_is_seen_and_trains(family, model):
 
 
 @torch.no_grad()
-def test_a_saved_folder_differs_in_the_transformer_only(family, folders, model, tmp_path):
+def test_a_saved_folder_differs_in_the_transformer_only(family, folders, fresh, tmp_path):
+    model = fresh
     torch.manual_seed(0)
     for weight in model.parameters():
         weight += 0.02 * torch.randn_like(weight)
@@ -219,8 +227,8 @@ def test_weights_in_one_storage_are_saved_in_shards(folders, tmp_path, monkeypat
 
 
 @torch.no_grad()
-def test_adapters_begin_as_nothing_and_are_saved_merged_and_alone(family, folders, tmp_path):
-    model = load_flow_model(str(folders[family]), image=image_of(family))
+def test_adapters_begin_as_nothing_and_are_saved_merged_and_alone(family, folders, fresh, tmp_path):
+    model = fresh
     z, sigma = torch.randn(2, *model.latent_shape), torch.tensor([0.3, 0.8])
     cond = model.condition(PROMPTS)
     before = model(z, sigma, cond)
@@ -243,7 +251,8 @@ def test_adapters_begin_as_nothing_and_are_saved_merged_and_alone(family, folder
     torch.testing.assert_close(base(z, sigma, cond), after, rtol=0, atol=1e-5)
 
 
-def test_checkpointed_gradients_are_the_same(model):
+def test_checkpointed_gradients_are_the_same(fresh):
+    model = fresh
     cond, z = model.condition(PROMPTS), torch.randn(2, *model.latent_shape)
 
     def gradient() -> torch.Tensor:
