@@ -62,7 +62,7 @@ def run(quick: bool) -> dict[str, Any]:
         for side, curve in race(seed, steps).items():
             curves[side].append(curve)
             print(f"seed {seed} {side}: {curve}", flush=True)
-    noise = {side: gradient_variance(side, repeats=6 if quick else 24) for side in SIDES}
+    noise = {side: gradient_variance(side, repeats=8 if quick else 128) for side in SIDES}
     batching = frontier_batching(turns=1 if quick else 3)
     rows = [row(side, curves[side], curves[FLAT], noise[side]) for side in SIDES]
     rows.append({"side": "node at a time / level at a time", "rollout": batching})

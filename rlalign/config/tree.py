@@ -95,8 +95,12 @@ class TokenTreeConfig:
         "of finished chains.",
         choices=("fixed", "surprisal"),
     )
-    segment_length: int = option(
-        32, "Tokens of a segment; multiples of the engine's cache block are reused whole.", ge=1
+    segment_length: int = option(32, "Tokens of a segment.", ge=1)
+    align: int = option(
+        0,
+        "Splits move to where the sequence, prompt included, is one token longer than a multiple of "
+        "this: with the engine's cache block, a beginning is read from the cache whole.",
+        ge=0,
     )
     branch_factor: list[int] = option(
         [2],

@@ -138,7 +138,8 @@ def fixed(tree: GrowingTree, cfg: TokenTreeConfig) -> list[Draw]:
     for node, count in zip(growing, counts, strict=True):
         left = tree.limit - node.end
         names = [(*node.name, child) for child in range(count)]
-        draws.append(Draw(node, names, left if whole else min(cfg.segment_length, left)))
+        length = left if whole else min(_segment_length(tree, node, cfg), left)
+        draws.append(Draw(node, names, length))
     return draws
 
 
@@ -175,6 +176,17 @@ SEGMENTERS: Mapping[str, Callable[[GrowingTree, TokenTreeConfig], list[Draw]]] =
     "fixed": fixed,
     "surprisal": surprisal,
 }
+
+
+def _segment_length(tree: GrowingTree, node: Node, cfg: TokenTreeConfig) -> int:
+    """Up to the place near `segment_length` tokens on at which the cache holds all but one token
+    of the beginning: the last is computed again, for its prediction, and with it its whole block.
+    """
+    if not cfg.align:
+        return cfg.segment_length
+    here = len(tree.prompt.token_ids) + node.end
+    blocks = max(round((here + cfg.segment_length - 1) / cfg.align), (here - 1) // cfg.align + 1)
+    return blocks * cfg.align + 1 - here
 
 
 def _factor(cfg: TokenTreeConfig, depth: int) -> int:
