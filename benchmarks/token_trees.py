@@ -1,7 +1,7 @@
 """Trees of tokens against flat groups: leaves per second on vLLM, accuracy for generated tokens.
 
-Leaves per second: the longest questions of `mini:chain` (five terms, about 31 tokens a completion),
-32 prompts, one vLLM engine with its prefix cache (blocks of 32). A tree draws a few beginnings up to
+Leaves per second: the longest questions of `mini:chain` (five terms, about 31 tokens each), 32
+prompts, one vLLM engine with its prefix cache (blocks of 32). A tree draws a few beginnings up to
 the first whole block and shares the leaves out among those that are not over; `align` puts the
 split where the cache holds all of a beginning. Sides take turns; medians.
 
@@ -11,6 +11,7 @@ of four leaves. Held-out accuracy is read at equal generated tokens, on a line b
 
 from __future__ import annotations
 
+import itertools
 import json
 import platform
 import statistics
@@ -199,7 +200,7 @@ def curve_of(metrics: list[dict[str, float]], summary: Any) -> list[tuple[float,
 
 def at(curve: list[tuple[float, float]], tokens: float) -> float:
     """Accuracy after `tokens`, on a line between evaluations."""
-    for (x0, y0), (x1, y1) in zip(curve[:-1], curve[1:], strict=True):
+    for (x0, y0), (x1, y1) in itertools.pairwise(curve):
         if tokens <= x1:
             return y0 + (y1 - y0) * (tokens - x0) / max(x1 - x0, 1e-9)
     return curve[-1][1]

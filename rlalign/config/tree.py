@@ -98,8 +98,8 @@ class TokenTreeConfig:
     segment_length: int = option(32, "Tokens of a segment.", ge=1)
     align: int = option(
         0,
-        "Splits move to where the sequence, prompt included, is one token longer than a multiple of "
-        "this: with the engine's cache block, a beginning is read from the cache whole.",
+        "Splits move to where the sequence, prompt included, is a multiple of this and one token "
+        "long: with the engine's cache block, a beginning is read from the cache whole.",
         ge=0,
     )
     branch_factor: list[int] = option(

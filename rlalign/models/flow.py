@@ -13,7 +13,7 @@ import abc
 import copy
 import importlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,11 @@ class FlowModel(nn.Module, abc.ABC):
     def frozen_copy(self) -> FlowModel:
         """A copy that does not train, to compare with: what never trains is shared with it."""
         return copy.deepcopy(self).requires_grad_(False)
+
+    def classifier(self) -> tuple[Callable[[Tensor], Tensor], Condition] | None:
+        """For guidance by a classifier: logits [N, C] of clean latents [N, X], and the condition of
+        each of the C classes; None where there is no such classifier."""
+        return None
 
     @abc.abstractmethod
     def config_dict(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ Legend: N rows, X latent dimensions (channel, height, width), L tokens, D width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -77,6 +77,17 @@ class MiniFlow(FlowModel):
 
     def decode(self, x0_NX: Tensor) -> Tensor:
         return ((x0_NX.float() + 1) / 2).clamp(0, 1)
+
+    def classifier(self) -> tuple[Callable[[Tensor], Tensor], Condition] | None:
+        """That of `mini:digits`, for a model of its labels."""
+        from rlalign.models.digits import load_classifier
+        from rlalign.tasks.digits import LABELS
+
+        if self.labels != LABELS:
+            return None
+        network = load_classifier()
+        classes = {"label": torch.arange(len(LABELS), device=self.device)}
+        return lambda x0_NX: network.to(x0_NX.device)(self.decode(x0_NX)), classes
 
     def config_dict(self) -> dict[str, Any]:
         sizes = {"labels": list(self.labels), "latent_shape": list(self.latent_shape)}

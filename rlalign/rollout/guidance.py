@@ -34,7 +34,7 @@ NullCondition = Callable[[int], Condition]
 def guide(model: FlowModel, config: GuidanceConfig) -> Velocity:
     """The velocity of `model`, guided as a run is configured.
 
-    Raises FlowError for kind gfcg: a classifier has no name in a config (`ClassifierGuidance`).
+    Raises FlowError for kind gfcg with a model that brings no classifier along.
     """
     if config.kind == "cfg":
         return classifier_free(model, model.null_condition, config.scale)
@@ -42,9 +42,20 @@ def guide(model: FlowModel, config: GuidanceConfig) -> Velocity:
         return embedded(model, config.scale)
     if config.kind == "none":
         return model
-    raise FlowError(
-        f"rollout.flow.guidance.kind={config.kind} needs a classifier: make a ClassifierGuidance "
-        "of it (rlalign.rollout.guidance), or use kind=cfg"
+    found = model.classifier()
+    if found is None:
+        raise FlowError(
+            f"rollout.flow.guidance.kind={config.kind} needs a classifier, and this "
+            f"{type(model).__name__} has none: give it a `classifier`, make a ClassifierGuidance of "
+            "your own (rlalign.rollout.guidance), or use kind=cfg"
+        )
+    return ClassifierGuidance(
+        model,
+        *found,
+        w_max=config.scale,
+        gamma=config.gamma,
+        tau=1.0 if config.threshold is None else config.threshold,
+        sigma_window=(config.sigma_low, config.sigma_high),
     )
 
 

@@ -292,3 +292,30 @@ def test_leaves_are_samples_of_the_model_that_vllm_runs(folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder)
     with VllmEngine(str(folder), tokenizer, cfg, max_prompt_length=44) as engine:
         check_leaves(engine, model, real_prompts())
+
+
+@pytest.mark.parametrize("segment", [1, 4, 5, 9])
+def test_aligned_splits_leave_one_token_beyond_whole_blocks(segment):
+    """Prompts of different lengths split at the same places of the sequence."""
+    prompts = [Prompt(f"p{n}", tuple(range(1, 1 + n)), "?") for n in range(1, 8)]
+    for group in grow(Engine(), prompts, segment_length=segment, align=4, max_depth=4):
+        assert group.tree is not None
+        here = len(group.prompt.token_ids)
+        for path in group.paths:
+            lengths = group.tree.num_actions_N[list(path)].tolist()
+            ends = [here + sum(lengths[: i + 1]) for i in range(len(path) - 1)]
+            assert ends and all(end % 4 == 1 for end in ends), ends
+            steps = [b - a for a, b in itertools.pairwise([here, *ends])]
+            assert all(step >= 1 and abs(step - segment) <= max(4 - segment, 2) for step in steps)
+
+
+def test_what_ended_early_leaves_its_room_to_the_others():
+    """A split of up to `max_leaves` shares out what is left."""
+    groups = grow(Engine(ends=9), num_trees=1, branch_factor=[3, 12], max_leaves=12, max_depth=2)
+    early = 0
+    for group in groups:
+        assert group.tree is not None
+        ended = sum(len(path) == 1 for path in group.paths)
+        early += ended
+        assert len(group.samples) == (12 if ended < 3 else 3)
+    assert early
