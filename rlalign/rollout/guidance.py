@@ -46,8 +46,8 @@ def guide(model: FlowModel, config: GuidanceConfig) -> Velocity:
     if found is None:
         raise FlowError(
             f"rollout.flow.guidance.kind={config.kind} needs a classifier, and this "
-            f"{type(model).__name__} has none: give it a `classifier`, make a ClassifierGuidance of "
-            "your own (rlalign.rollout.guidance), or use kind=cfg"
+            f"{type(model).__name__} has none: give it a `classifier`, make a "
+            "ClassifierGuidance of your own (rlalign.rollout.guidance), or use kind=cfg"
         )
     return ClassifierGuidance(
         model,

@@ -10,7 +10,8 @@ import torch
 from rlalign.config.schema import GuidanceConfig
 from rlalign.models.mini_flow import MiniFlow
 from rlalign.rollout.flow_steps import FlowError, predict_x0
-from rlalign.rollout.guidance import ClassifierGuidance, classifier_free, embedded, guide
+from rlalign.rollout.guidance import ClassifierGuidance, classifier_free, embedded
+from rlalign.rollout.guidance import guide as configured_guide
 
 CLASSES = {"label": torch.arange(3)}
 
@@ -214,12 +215,12 @@ def test_a_configured_guide_is_the_one_made_by_hand():
         torch.nn.init.normal_(parameter)
     z, sigma_N, cond = rows()
     z = z.view(-1, 1, 2, 2)
-    assert guide(model, GuidanceConfig()) is model
-    found = guide(model, GuidanceConfig(kind="cfg", scale=3.0))(z, sigma_N, cond)
+    assert configured_guide(model, GuidanceConfig()) is model
+    found = configured_guide(model, GuidanceConfig(kind="cfg", scale=3.0))(z, sigma_N, cond)
     by_hand = classifier_free(model, model.null_condition, 3.0)(z, sigma_N, cond)
     torch.testing.assert_close(found, by_hand)
     with pytest.raises(FlowError, match="needs a classifier"):
-        guide(model, GuidanceConfig(kind="gfcg"))
+        configured_guide(model, GuidanceConfig(kind="gfcg"))
 
     def net(x0):
         return x0.flatten(1)[:, :3]
@@ -228,5 +229,5 @@ def test_a_configured_guide_is_the_one_made_by_hand():
     config = GuidanceConfig(kind="gfcg", scale=2.0, gamma=0.5, threshold=0.9, sigma_high=0.8)
     options = {"w_max": 2.0, "gamma": 0.5, "tau": 0.9, "sigma_window": (0.0, 0.8)}
     expected = ClassifierGuidance(model, net, CLASSES, **options)(z, sigma_N, cond)
-    torch.testing.assert_close(guide(model, config)(z, sigma_N, cond), expected)
+    torch.testing.assert_close(configured_guide(model, config)(z, sigma_N, cond), expected)
     assert not torch.allclose(expected, model(z, sigma_N, cond))
