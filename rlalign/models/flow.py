@@ -1,4 +1,4 @@
-"""Flow models: the contract that samplers and trainers rely on, and folders to load one from.
+"""Flow models: the contract that samplers and trainers rely on (flow_load.py finds one).
 
 A rectified flow model predicts v = eps - x0 at z = (1 - sigma) x0 + sigma eps. Whatever its size,
 it is used through the same methods; conditions are made once a prompt and gathered by row, so no
@@ -11,27 +11,22 @@ from __future__ import annotations
 
 import abc
 import copy
-import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rlalign.config.schema import ImageConfig, ModelConfig
+from rlalign.config.schema import ModelConfig
 from rlalign.models.errors import ModelError
-from rlalign.models.load import PIPELINE_FILE, resolve_model_path
 from rlalign.types import Prompt
 
 Condition = Mapping[str, Tensor]  # rows first, in every tensor
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
-# `architecture` in config.json: where its class is. A class is made from the rest of that file.
-ARCHITECTURES = {"mini_flow": "rlalign.models.mini_flow:MiniFlow"}
 
 
 class FlowModel(nn.Module, abc.ABC):
@@ -91,7 +86,7 @@ class FlowModel(nn.Module, abc.ABC):
         """What config.json holds: `architecture`, and the arguments that make an equal model."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, from which `load_flow_model` reads it back."""
+        """Write config.json and model.safetensors, from which `flow_load.load_flow_model` reads it back."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
@@ -106,52 +101,3 @@ class FlowModel(nn.Module, abc.ABC):
 def take_rows(cond: Condition, row_N: Tensor) -> dict[str, Tensor]:
     """The condition of N rows, row n that of prompt `row_N[n]`."""
     return {name: value[row_N] for name, value in cond.items()}
-
-
-def load_flow_model(
-    path: str,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    dtype: str = "float32",
-    image: ImageConfig | None = None,
-) -> FlowModel:
-    """The flow model in a folder, on the hub, or at `mini:<task>` (built once, keyed by `seed`), in
-    evaluation mode: one that `save_pretrained` wrote, or a pipeline of diffusers, which makes
-    images as `image` says.
-
-    Raises ModelError where there is none, where config.json is not a flow model's, and where the
-    weights do not fit it.
-    """
-    folder = Path(resolve_model_path(path, seed))
-    if (folder / PIPELINE_FILE).is_file():
-        from rlalign.models.flow_diffusers import load_pipeline_flow  # importing it takes seconds
-
-        return load_pipeline_flow(folder, image, device, dtype)
-    config = _read_config(folder)
-    name = config.pop("architecture", None)
-    if name not in ARCHITECTURES:
-        raise ModelError(
-            f"{folder / CONFIG_FILE} says architecture={name!r}, which is no flow model that is "
-            f"known here ({', '.join(ARCHITECTURES)}): a flow run trains image models, mini:digits "
-            "for one"
-        )
-    module, _, attribute = ARCHITECTURES[name].partition(":")
-    try:
-        model = getattr(importlib.import_module(module), attribute)(**config)
-        model.load_state_dict(load_file(folder / WEIGHTS_FILE))
-    except (OSError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the flow model in {folder} cannot be loaded: {error}") from error
-    return model.to(device, getattr(torch, dtype)).eval()
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{folder} holds no readable {CONFIG_FILE} ({error}): it is no flow model's folder. "
-            "Name one that save_pretrained wrote, or mini:digits"
-        ) from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / CONFIG_FILE} is {type(config).__name__}, not a mapping")
-    return config

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from rlalign.config import Config
 from rlalign.config.schema import FlowConfig
 from rlalign.models.errors import ModelError
-from rlalign.models.flow import Condition, FlowModel, load_flow_model
+from rlalign.models.flow import Condition, FlowModel
+from rlalign.models.flow_load import load_flow_model
 from rlalign.models.lora import adapters_off
 from rlalign.rollout.guidance import guide
 from rlalign.types import Prompt

@@ -12,7 +12,7 @@ import torch
 import rlalign.models.mini as mini
 from rlalign.models.digits import judge_labels, load_classifier, load_digits, pretrain
 from rlalign.models.errors import ModelError
-from rlalign.models.flow import load_flow_model
+from rlalign.models.flow_load import load_flow_model
 from rlalign.models.mini import build_mini
 from rlalign.rollout.flow_evaluate import evaluate_digits
 from rlalign.rollout.flow_steps import ode_step

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from rlalign.models.errors import ModelError
-from rlalign.models.flow import load_flow_model, take_rows
+from rlalign.models.flow import take_rows
+from rlalign.models.flow_load import load_flow_model
 from rlalign.models.mini_flow import MiniFlow, place_features, time_features
 from rlalign.types import Prompt
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from rlalign.algos.tree import validate
 from rlalign.config.schema import FlowConfig, ImageConfig, LoraConfig, ModelConfig
 from rlalign.models.errors import ModelError
-from rlalign.models.flow import load_flow_model, take_rows
+from rlalign.models.flow import take_rows
+from rlalign.models.flow_load import load_flow_model
 from rlalign.models.flow_random import write_random_pipeline
 from rlalign.models.lora import adapters_off
 from rlalign.models.mini_flow import MiniFlow

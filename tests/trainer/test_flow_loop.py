@@ -13,7 +13,7 @@ import torch
 import yaml
 
 import rlalign
-from rlalign.models.flow import load_flow_model
+from rlalign.models.flow_load import load_flow_model
 from rlalign.models.mini_flow import MiniFlow
 from rlalign.trainer.flow_job import open_flow_job, roll_out
 from tests.support import ROOT

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import rlalign
-from rlalign.models.flow import load_flow_model
+from rlalign.models.flow_load import load_flow_model
 from rlalign.models.flow_random import write_random_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
