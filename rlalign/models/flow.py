@@ -86,7 +86,7 @@ class FlowModel(nn.Module, abc.ABC):
         """What config.json holds: `architecture`, and the arguments that make an equal model."""
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write config.json and model.safetensors, from which `flow_load.load_flow_model` reads it back."""
+        """Write config.json and model.safetensors, which `load_flow_model` reads."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: t.detach().cpu().contiguous() for name, t in self.state_dict().items()}
