@@ -104,15 +104,21 @@ def evaluate(
     checkpoint: str | Path | None = None,
     reward_functions: RewardFunctions | None = None,
 ) -> Mapping[str, float]:
-    """Held-out figures of `config.task.eval`: pass@1 with its interval, pass@k, majority vote.
+    """Held-out figures of `config.task.eval`: pass@1 with its interval, pass@k, majority vote; of a
+    flow model its rewards and their diversity.
 
     `checkpoint` is a model folder to evaluate in place of `config.model.path`; `reward_functions`
     as in `train`.
     """
     from rlalign.trainer.build import open_evaluation
+    from rlalign.trainer.flow_job import open_flow_evaluation
+    from rlalign.trainer.flow_loop import evaluate_flow
 
     if checkpoint is not None:
         model = dataclasses.replace(config.model, path=str(checkpoint))
         config = dataclasses.replace(config, model=model)
+    if config.rollout.engine == "flow":
+        with open_flow_evaluation(config, reward_functions=reward_functions) as job:
+            return evaluate_flow(job)
     with open_evaluation(config, reward_functions=reward_functions) as evaluation:
         return evaluation().metrics

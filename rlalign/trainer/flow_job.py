@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlalign.algos.tree_shape import full_tree
-from rlalign.config import Config
+from rlalign.config import Config, ConfigError
 from rlalign.models.flow import take_rows
 from rlalign.rewards import Scorer, build_scorer
 from rlalign.rewards import check as check_rewards
@@ -29,7 +29,7 @@ from rlalign.trainer.distributed import World
 from rlalign.trainer.flow_policy import FlowPolicy
 from rlalign.trainer.flow_update import FlowBatch
 from rlalign.trainer.job import Run
-from rlalign.trainer.opening import Observers, open_run
+from rlalign.trainer.opening import Observers, entered, open_run
 from rlalign.types import Prompt, Scores
 
 
@@ -67,34 +67,49 @@ def open_flow_job(
     """As `build.open_job`, for `rollout.engine=flow`."""
 
     def assemble(world: World, run_dir: RunDir, stack: ExitStack) -> FlowJob:
-        with world.agreed("loading data and model"):
-            train = load_image_prompts(config.task, split="train", seed=config.seed)
-            held_out = load_image_prompts(config.task, split="eval") if config.task.eval else None
-            for prompts in (train, *([held_out] if held_out else [])):
-                check_rewards(
-                    config.rewards, prompts.columns, functions=reward_functions, images=True
-                )
-            scorer = build_scorer(
-                config.rewards, config.algo, 0, functions=reward_functions, images=True
-            )
-            stack.callback(scorer.close)
-            policy = FlowPolicy.from_config(config, device=world.device)
-        make_plan(config.rollout.flow, 0, policy.time_grid(config.rollout.flow))
-        engine = build_train_engine(policy, config, world)
-        stack.callback(engine.close)
-        return FlowJob(
-            config=config,
-            world=world,
-            engine=engine,
-            run_dir=run_dir,
-            train_prompts=train,
-            eval_prompts=held_out,
-            policy=policy,
-            scorer=scorer,
-        )
+        return _assemble(config, reward_functions or {}, world, run_dir, stack)
 
     with open_run(config, assemble, resume=resume, make_observers=make_observers) as job:
         yield job
+
+
+@contextmanager
+def open_flow_evaluation(
+    config: Config, *, reward_functions: RewardFunctions | None = None
+) -> Iterator[FlowJob]:
+    """A job that is only evaluated: it has no run directory. Raises ConfigError where there is no
+    held-out data."""
+    if not config.task.eval:
+        raise ConfigError("task.eval is not set: name the held-out data, e.g. task.eval=test.jsonl")
+    with ExitStack() as stack:
+        world = stack.enter_context(entered(config))
+        yield _assemble(config, reward_functions or {}, world, RunDir(Path()), stack)
+
+
+def _assemble(
+    config: Config, functions: RewardFunctions, world: World, run_dir: RunDir, stack: ExitStack
+) -> FlowJob:
+    with world.agreed("loading data and model"):
+        train = load_image_prompts(config.task, split="train", seed=config.seed)
+        held_out = load_image_prompts(config.task, split="eval") if config.task.eval else None
+        for prompts in (train, *([held_out] if held_out else [])):
+            check_rewards(config.rewards, prompts.columns, functions=functions, images=True)
+        scorer = build_scorer(config.rewards, config.algo, 0, functions=functions, images=True)
+        stack.callback(scorer.close)
+        policy = FlowPolicy.from_config(config, device=world.device)
+    make_plan(config.rollout.flow, 0, policy.time_grid(config.rollout.flow))
+    engine = build_train_engine(policy, config, world)
+    stack.callback(engine.close)
+    return FlowJob(
+        config=config,
+        world=world,
+        engine=engine,
+        run_dir=run_dir,
+        train_prompts=train,
+        eval_prompts=held_out,
+        policy=policy,
+        scorer=scorer,
+    )
 
 
 def roll_out(job: FlowJob, step: int) -> FlowRollout:

@@ -94,6 +94,14 @@ def test_a_run_learns_and_leaves_its_model_and_its_trees(tmp_path):
     assert "image" in Path(rlalign_report(run)).read_text()
 
 
+def test_an_evaluation_has_the_figures_of_the_run(tmp_path):
+    run = train(tmp_path)
+    after = json.loads((run / "result.json").read_text())["eval"]["after"]
+    config = rlalign.load_config(settings(tmp_path))
+    found = rlalign.evaluate(config, checkpoint=run / "checkpoints" / "step_4")
+    assert found == pytest.approx(after, rel=1e-6)
+
+
 def rlalign_report(run: Path) -> Path:
     from rlalign.tracking.report import write_report
 
