@@ -89,6 +89,11 @@ def open_flow_evaluation(
 def _assemble(
     config: Config, functions: RewardFunctions, world: World, run_dir: RunDir, stack: ExitStack
 ) -> FlowJob:
+    if config.trainer.prompts_per_step < world.size:
+        raise ConfigError(
+            f"trainer.prompts_per_step = {config.trainer.prompts_per_step} with {world.size} "
+            "processes: each grows the trees of at least one prompt; raise it, or use fewer"
+        )
     with world.agreed("loading data and model"):
         train = load_image_prompts(config.task, split="train", seed=config.seed)
         held_out = load_image_prompts(config.task, split="eval") if config.task.eval else None
