@@ -17,6 +17,7 @@ def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
     if config.rollout.engine == "flow":
         check_flow(config)
+        _check_trainer(config)
         return
     _check_completions(config)
     _check_sources(config)

@@ -27,6 +27,19 @@ def check_flow(config: Config) -> None:
             f"algo.entropy_coef={algo.entropy_coef:g} with rollout.engine=flow: the entropy of a "
             "step is that of its noise, which does not learn; leave it out"
         )
+    idle = {
+        "algo.filter_groups.enable": algo.filter_groups.enable,
+        "algo.mask_truncated_completions": algo.mask_truncated_completions,
+        "algo.overlong.buffer_len": algo.overlong.buffer_len,
+        "rollout.max_lag": config.rollout.max_lag,
+        "rollout.tree.num_trees": config.rollout.tree.num_trees,
+        "task.completions": config.task.completions != "rollout",
+    }
+    if named := [name for name, value in idle.items() if value]:
+        raise ConfigError(
+            f"{', '.join(named)}: made for completions of language models, without effect with "
+            "rollout.engine=flow; leave it out"
+        )
     plan = make_plan(flow, 0)
     leaves = plan.shape.num_leaves
     compared = leaves * (flow.roots_per_prompt if algo.tree.scope == "prompt" else 1)
