@@ -90,7 +90,8 @@ def _parent(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Te
     if cfg.scale_rewards == "group":
         share_N = (stats.count_B - 1).clamp(min=0) / stats.count_B.clamp(min=1)
         advantage_N = advantage_N / (stats.std_B * share_N.sqrt() + SIBLING_EPS)
-    return torch.where(stats.tied_B, torch.zeros_like(advantage_N), advantage_N)
+    silent_N = stats.tied_B | (stats.std_B < cfg.tree.std_floor)
+    return torch.where(silent_N, torch.zeros_like(advantage_N), advantage_N)
 
 
 def _root_parent(tree: Tree, value_N: Tensor, alive_N: Tensor, cfg: AlgoConfig) -> Tensor:

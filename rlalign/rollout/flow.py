@@ -102,8 +102,8 @@ def sde_steps(cfg: FlowConfig, step: int) -> list[int]:
     """Stochastic steps in training step `step`: all, or the splits and the mix window."""
     if not cfg.mix.window_size:
         return list(range(cfg.num_steps))
-    end = cfg.num_steps - 1 if cfg.terminal == "x0_pred" else cfg.num_steps
-    end = max(end, 1)
+    silent = cfg.terminal == "x0_pred" or cfg.sde_kind == "cps"  # the last step has no noise of use
+    end = max(cfg.num_steps - silent, 1)
     start = cfg.mix.start + cfg.mix.stride * (step // cfg.mix.interval)
     start = start % end if cfg.mix.wrap else min(start, max(end - cfg.mix.window_size, 0))
     window = range(start, min(start + cfg.mix.window_size, end))

@@ -131,11 +131,11 @@ def _check_trees(config: Config) -> None:
             "e.g. [2]"
         )
     compares_trees = algo.tree.scope == "prompt" or algo.tree.advantage == "leaves"
-    if _is_chain(config) and not compares_trees:
+    if _is_chain(config) and not (compares_trees and config.rollout.tree.num_trees > 1):
         raise ConfigError(
-            "rollout.tree: these trees never branch, and algo.tree.scope=tree compares the "
-            "branches of a tree: raise branch_factor or max_leaves (num_rounds under surprisal), "
-            "or compare the trees of a prompt with algo.tree.scope=prompt"
+            "rollout.tree: these trees never branch, so there is nothing to compare: raise "
+            "branch_factor or max_leaves (num_rounds under surprisal), or compare several trees of "
+            "a prompt: rollout.tree.num_trees, algo.tree.scope=prompt"
         )
 
 
@@ -145,7 +145,9 @@ def _is_chain(config: Config) -> bool:
         return True
     if tree.segmenter == "surprisal":
         return tree.num_rounds == 0
-    return max(tree.branch_factor[: tree.max_depth]) == 1
+    whole = config.rollout.max_completion_length  # a first segment of that length never splits
+    reached = 1 if not tree.align and tree.segment_length >= whole else tree.max_depth
+    return max(tree.branch_factor[:reached]) == 1
 
 
 def _check_completions(config: Config) -> None:

@@ -6,6 +6,8 @@ trees are then on every process, the states (which are large) stay where they ar
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -46,7 +48,7 @@ class FlowJob(Run):
 
 @dataclass(frozen=True, slots=True)
 class FlowRollout:
-    """The trees of one step, scored. `scores` are of this process's leaves, in their order."""
+    """The trees of one step of all processes, scored. `scores` are of the leaves, in order."""
 
     batch: FlowBatch
     prompts: list[Prompt]  # of the step, all processes
@@ -153,7 +155,7 @@ def roll_out(job: FlowJob, step: int) -> FlowRollout:
         )
         pictures = _pictures(job, local, images_LCHW)
     end = perf_counter()
-    batch = _shared(local, group_R, mine_r, scores, plan, cond, world)
+    batch, scores = _shared(local, group_R, mine_r, scores, plan, cond, world)
     pictures = {int(batch.own_N[node]): image for node, image in pictures.items()}
     return FlowRollout(batch, prompts, scores, pictures, middle - began, end - middle)
 
@@ -188,22 +190,27 @@ def _pictures(job: FlowJob, local: FlowTrees, images_LCHW: Tensor) -> dict[int, 
 
 def _shared(
     local: FlowTrees, group_R: Tensor, mine_r: Tensor, scores: Scores, plan, cond, world: World
-) -> FlowBatch:
-    """The trees of all processes with their rewards and log-probs."""
-    shape = plan.shape
+) -> tuple[FlowBatch, Scores]:
+    """The trees of all processes with their rewards and log-probs, and the scores of all leaves."""
+    shape, names = plan.shape, list(scores.by_function)
     tree = full_tree(group_R, shape, ode_steps=plan.ode_steps)
+    levels = shape.levels(len(group_R))
     own = [
         level.start + (mine_r[:, None] * width + torch.arange(width)).flatten()
-        for level, width in zip(shape.levels(len(group_R)), shape.widths, strict=True)
+        for level, width in zip(levels, shape.widths, strict=True)
     ]
-    own_N = torch.cat(own)
-    found_2N = torch.zeros(2, len(tree))
-    found_2N[0, own[-1]] = scores.reward_B
-    found_2N[1, own_N] = local.tree.logp_N
-    found_2N = world.all_reduce_sum(found_2N, "rewards of the trees")
-    leaves = shape.levels(len(group_R))[-1]
+    own_N, leaves = torch.cat(own), levels[-1]
+    found_FN = torch.zeros(3 + len(names), len(tree))
+    found_FN[0, own_N] = local.tree.logp_N
+    values = [scores.reward_B, scores.acc_B, *scores.by_function.values()]
+    found_FN[1:, own[-1]] = torch.stack([value_B.float() for value_B in values])
+    found_FN = world.all_reduce_sum(found_FN, "scores of the trees")
+    said = world.all_gather_bytes(json.dumps(dict(scores.errors)).encode(), "failed verdicts")
+    errors = sum((Counter(json.loads(part)) for part in said), Counter())
+    reward_B, acc_B, *functions = found_FN[1:, leaves]
     reward_N = torch.full((len(tree),), torch.nan)
-    reward_N[leaves] = found_2N[0, leaves]
+    reward_N[leaves] = reward_B
     actions_N = torch.where(tree.num_actions_N > 0, int(local.tree.num_actions_N.max()), 0)
-    tree = tree.replace(reward_N=reward_N, logp_N=found_2N[1], num_actions_N=actions_N)
-    return FlowBatch(plan, tree, local, own_N, tree.group_N % world.size, cond)
+    tree = tree.replace(reward_N=reward_N, logp_N=found_FN[0], num_actions_N=actions_N)
+    batch = FlowBatch(plan, tree, local, own_N, tree.group_N % world.size, cond)
+    return batch, Scores(reward_B, acc_B, dict(zip(names, functions, strict=True)), dict(errors))

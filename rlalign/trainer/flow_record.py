@@ -53,14 +53,13 @@ def picture_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[di
 
 
 def leaf_rows(step: int, rollout: FlowRollout, credit: TreeCredit) -> list[dict[str, Any]]:
-    """One row for each leaf of this process, as the rollouts file has them."""
+    """One row for each leaf of all processes, as the rollouts file has them."""
     batch, scores = rollout.batch, rollout.scores
     shape = batch.plan.shape
-    num_trees = len(batch.local.tree.tree_N.unique())
-    leaf_L = torch.arange(len(batch.local.tree))[shape.levels(num_trees)[-1]]
+    leaves = shape.levels(len(batch.tree.tree_N.unique()))[-1]
     rows = []
     decided_N = _last_choice(batch.tree)
-    for i, node in enumerate(batch.own_N[leaf_L].tolist()):
+    for i, node in enumerate(range(leaves.start, leaves.stop)):
         prompt = rollout.prompts[int(batch.tree.group_N[node])]
         rows.append(
             {

@@ -26,7 +26,7 @@ from torch import Tensor
 from rlalign import algos
 from rlalign.algos.branch_grpo import TreeCredit
 from rlalign.algos.metrics import Metrics
-from rlalign.algos.tree_pruning import edge_weights
+from rlalign.algos.tree_pruning import edge_weights, pruned_depths
 from rlalign.config import Config
 from rlalign.models.flow import take_rows
 from rlalign.rollout.flow import FlowPlan, FlowTrees
@@ -64,7 +64,8 @@ def trained_edges(batch: FlowBatch, config: Config, step: int) -> Tensor:
     if flow.drop_last_edge:
         chosen_N = chosen_N & (tree.depth_N != last)
     if flow.step_fraction < 1:
-        depths = tree.depth_N[chosen_N].unique()
+        pruned = torch.tensor(pruned_depths(config.algo, step), dtype=torch.long)
+        depths = tree.depth_N[chosen_N & ~torch.isin(tree.depth_N, pruned)].unique()
         seed = sample_seed(config.seed, "step_fraction", 0, step)
         order = torch.randperm(len(depths), generator=torch.Generator().manual_seed(seed))
         part = depths[order[: math.ceil(flow.step_fraction * len(depths))]]

@@ -144,9 +144,15 @@ def test_two_processes_take_the_steps_of_one(stage, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     [two] = (tmp_path / "two" / "runs").iterdir()
     for one, other in zip(metrics_of(alone), metrics_of(two), strict=True):
-        for figure in ("reward", "optim/grad_norm", "tree/kept_edges"):
+        for figure in ("reward", "rewards/symmetry/mean", "optim/grad_norm", "tree/kept_edges"):
             assert other[figure] == pytest.approx(one[figure], rel=1e-4), figure
         assert other["tree/calls_per_leaf/train"] == one["tree/calls_per_leaf/train"]
+    leaves = [(run / "rollouts" / "step_000001.jsonl").read_text() for run in (alone, two)]
+    ones, others = ([json.loads(line) for line in text.splitlines()] for text in leaves)
+    assert [row["prompt_id"].split("/")[-1] for row in ones] == [
+        row["prompt_id"].split("/")[-1] for row in others
+    ]
+    assert [r["reward"] for r in others] == pytest.approx([r["reward"] for r in ones], rel=1e-5)
     results = [json.loads((run / "result.json").read_text()) for run in (alone, two)]
     for when in ("before", "after"):
         ones, others = (result["eval"][when] for result in results)

@@ -342,6 +342,37 @@ def test_the_kl_is_that_of_gaussians_and_pulls_back():
         (["algo.filter_groups.enable=true"], "filter_groups.*without effect"),
         (["rollout.max_lag=1", "rollout.tree.num_trees=2"], "max_lag, rollout.tree.num_trees"),
         (["trainer.zero_stage=2"], "zero_stage"),
+        (["algo.mismatch.rollout_is=token"], "rollout_is.*without effect"),
+        (["algo.tree.compat=official", "rollout.flow.branch_corr=null"], "finite"),
+        (["algo.tree.depth_prune={size: 20, start: 1}"], "no depth to train"),
+        (
+            [
+                "rollout.flow.num_steps=6",
+                "rollout.flow.split_steps=[0]",
+                "algo.tree.depth_prune.size=2",
+            ],
+            "prunes nothing",
+        ),
+        (["rollout.flow.split_steps=[]", "algo.tree.advantage=parent"], "one leaf"),
+        (["algo.loss_type=flow_grpo"], "flat method"),
+        (
+            [
+                "algo.loss_type=mix_grpo",
+                "rollout.flow.split_steps=[]",
+                "rollout.flow.roots_per_prompt=4",
+            ],
+            "without a window",
+        ),
+        (
+            [
+                "rollout.flow.num_steps=1",
+                "rollout.flow.sde_kind=dance",
+                "rollout.flow.split_steps=[]",
+                "rollout.flow.roots_per_prompt=4",
+                "algo.tree.scope=prompt",
+            ],
+            "no step trains",
+        ),
         (["algo.beta=0.1", "algo.kl_in=reward"], "kl_in"),
         (["rollout.flow.num_steps=1", "rollout.flow.split_steps=[]"], "single step|one leaf"),
     ],
