@@ -79,7 +79,7 @@ def load_masked_lm(
     if kind in FAMILIES:
         layout = Layout.of(folder, config)
         model, family = _load_layout(folder, layout, cfg), layout.family
-        facts = (family.mask_id, family.shift, config.get("block_size") or family.block_size)
+        facts = (family.mask_id, family.shift, config.get("block_size", family.block_size))
     else:
         layout = None
         model = _load_own(folder, config, cfg)
