@@ -151,29 +151,25 @@ class Encoder:
     def _probe_ids(self) -> Tensor:
         """A row of tokens none of which pads."""
         config: Any = self.model.config.get_text_config()
-        ids = [i for i in range(PROBE_TOKENS + 1) if i != config.pad_token_id][:PROBE_TOKENS]
+        padding = getattr(config, "pad_token_id", None)
+        ids = [i for i in range(PROBE_TOKENS + 1) if i != padding][:PROBE_TOKENS]
         return torch.tensor([ids], device=self.model.device) % int(config.vocab_size)
 
     def _find_first_position(self, ids_1T: Tensor) -> int | None:
         """What the model numbers the first token of a row; None where it cannot be told."""
         if "position_ids" not in self.takes:
             return None
-        own = self.model(input_ids=ids_1T).logits
+        own = _logits(self.model, {"input_ids": ids_1T})
         padding = getattr(self.model.config, "pad_token_id", None) or 0
         for first in (0, padding + 1):  # RoBERTa's count begins behind the padding token's id
             position_1T = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None] + first
-            if _close(self.model(input_ids=ids_1T, position_ids=position_1T).logits, own):
+            inputs = {"input_ids": ids_1T, "position_ids": position_1T}
+            if _close(_logits(self.model, inputs), own):
                 return first
         return None
 
     def _own_logits(self, ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
-        logits = getattr(self.model(**self._inputs(ids_BT, real_BT)), "logits", None)
-        if logits is None:
-            raise ModelError(
-                f"{type(self.model).__name__} gives no logits: name a folder that holds a model "
-                "with a language head (AutoModelForMaskedLM in auto_map)"
-            )
-        return logits
+        return _logits(self.model, self._inputs(ids_BT, real_BT))
 
     def _refuse_causal(self, ids_1T: Tensor, own_1TV: Tensor) -> None:
         other_1T = ids_1T.clone()
@@ -212,6 +208,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    logits = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"{type(model).__name__} gives no logits: name a folder that holds a model with a "
+            "language head (AutoModelForMaskedLM in auto_map)"
+        )
+    return logits
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

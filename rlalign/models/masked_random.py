@@ -58,11 +58,11 @@ def write_random_masked(
     vocab = len(tokenizer) if vocab is None else vocab
     if vocab < len(tokenizer):
         raise ModelError(f"vocab={vocab} is smaller than the tokenizer's {len(tokenizer)} tokens")
-    shape = {
+    shape: dict[str, Any] = {
         "vocab": vocab, "hidden": hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads,
         "mlp": mlp, "max_positions": max_positions, "tied": tied,
     }  # fmt: skip
-    tokens = {
+    tokens: dict[str, Any] = {
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "mask_token_id": tokenizer.mask_token_id,

@@ -156,7 +156,6 @@ def test_log_probs_without_the_mask_token_are_exact_however_likely_it_is(backend
 @pytest.mark.parametrize("kind", KINDS)
 def test_logp_and_its_gradient_are_those_of_the_logits(folders, kind):
     model = fresh(folders, kind)
-    model.double()
     canvas = padded(2, 1)
     row, column = torch.tensor([0, 0, 0, 0]), torch.tensor([2, 3, 6, 10])
     target = torch.tensor([8, 50, 201, 17])
