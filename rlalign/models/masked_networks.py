@@ -35,7 +35,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, block_size: int) -> None:
         self.model, self.block_size = model, block_size
         config: Any = model.config
-        config.is_causal = False  # where no mask is given, transformers makes one by this
+        config.is_causal = False  # else transformers makes a causal mask where none is given
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ModelError(
                 f"{type(model).__name__} has layers that see a window of {config.sliding_window} "
@@ -79,7 +79,6 @@ class Decoder:
             position_ids=position_BT[:, begin:end],
             past_key_values=cache,
             use_cache=cache is not None,
-            is_causal=False,
         )
         return output.last_hidden_state
 
