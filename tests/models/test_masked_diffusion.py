@@ -330,6 +330,7 @@ def test_a_prefill_under_checkpointing_in_train_mode_keeps_keys(folders):
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
     canvas = ragged([0, 3])
     kv = model.prefill(canvas, 6)
+    assert len(kv) == 6
     assert largest(model.logits_cached(canvas, kv, 6) - model.logits(canvas, 6)) < 1e-5
     assert model.model.training
 
