@@ -47,7 +47,6 @@ class Decoder:
         """[B, T, D], in the model's dtype."""
         return self._run(ids_BT, real_BT, 0, ids_BT.shape[1], None)
 
-    @torch.no_grad()
     def cached(self, ids_BT: Tensor, real_BT: Tensor | None, kv: KV, end: int) -> tuple[Tensor, KV]:
         """States [B, end - len(kv), D] of the columns after those that `kv` holds up to `end`,
         and keys and values of all up to `end`."""

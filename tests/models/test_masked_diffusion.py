@@ -305,6 +305,7 @@ def test_cached_logits_of_an_unchanged_canvas_are_exact_with_full_attention(
     for stop in (0, 1, 5, 12):
         kv = model.prefill(canvas, stop)
         assert len(kv) == stop
+        assert not any(x.requires_grad for layer in kv.layers for x in layer)
         for start, end in ((stop, 13), (stop, stop + 1), (max(0, stop - 2), 13)):
             actual = model.logits_cached(canvas, kv, start, end)
             assert largest(actual - model.logits(canvas, start, end)) < 1e-5
