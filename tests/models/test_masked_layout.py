@@ -170,6 +170,10 @@ def test_blocks_given_to_a_model_without_any_come_back_from_disk(tmp_path):
     full = load_masked_lm(ModelConfig(path=str(tmp_path / "c")), block_size=0)
     full.save_pretrained(tmp_path / "d")
     assert load_masked_lm(ModelConfig(path=str(tmp_path / "d"))).block_size == 0
+    write_random_masked(tmp_path / "e", "sdar", block_size=8)
+    usual = load_masked_lm(ModelConfig(path=str(tmp_path / "e")), block_size=4)
+    usual.save_pretrained(tmp_path / "f")
+    assert load_masked_lm(ModelConfig(path=str(tmp_path / "f"))).block_size == 4
 
 
 def llada_config(**fields):
