@@ -225,6 +225,7 @@ class MaskedDiffusionEngine:
             eos_ids=() if params.ignore_eos else tuple(sorted(self._stops(params))),
             eos_confidence=config.eos_confidence,
             eos_early_stop=config.eos_early_stop,
+            cache=config.cache,
         )
 
     def _stops(self, params: SamplingParams) -> frozenset[int]:

@@ -6,7 +6,8 @@
 
 Blocks are filled from left to right, positions within a block in the order of confidence
 (unmask_order.py). Every random choice depends on a row's seed, its step and the position in the
-row, never on the other rows; each row goes at its own pace and leaves when it is full.
+row, never on the other rows; each row goes at its own pace and leaves when it is full. With a
+cache of keys and values (unmask_logits.py) rows leave when a block is, and wait for the next.
 
 Legend: B rows, A rows that are not full, T columns, W columns of their blocks, N places that are
 decided about, V vocabulary.
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from rlalign.models.masked_diffusion import Canvas, MaskedModel
 from rlalign.rollout.engine import EngineError, SamplingParams
-from rlalign.rollout.unmask_logits import Reader
+from rlalign.rollout.unmask_logits import Reader, Span
 from rlalign.rollout.unmask_order import ORDERS, Proposal, due, propose, quota, surest
 
 MAX_EDIT_STEPS = 16  # of a block, once it is full
@@ -50,6 +51,7 @@ class UnmaskParams:
     eos_ids: tuple[int, ...] = ()
     eos_confidence: bool = True
     eos_early_stop: bool = False
+    cache: str = "none"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -73,7 +75,7 @@ def unmask(
     blocks from a row's first token. EngineError for logits that are not finite."""
     _check(model, params)
     filling = _Filling(model, canvas, params, seed_B, start)
-    while len(rows_A := filling.advance()):
+    while len(rows_A := filling.together(filling.advance())):
         filling.step(rows_A)
     return Unmasked(
         filling.ids_BT,
@@ -99,7 +101,15 @@ class _Filling:
         self.masked_BT = (self.ids_BT == model.mask_id) & real_BT
         self.free_BT = self.masked_BT.clone()  # not given
         self.block_BT = self._blocks(model.block_size, start).masked_fill(~self.free_BT, NO_BLOCK)
-        self.reader = Reader(model, canvas, self.free_BT, params.cfg_scale, params.suppress_ids)
+        self.reader = Reader(
+            model,
+            canvas,
+            self.free_BT,
+            cfg_scale=params.cfg_scale,
+            suppress_ids=params.suppress_ids,
+            cache=params.cache,
+        )
+        self.begun = -NO_BLOCK  # the block that a cache was made for
         self.eos_ids = torch.tensor(params.eos_ids, dtype=torch.long, device=seed_B.device)
         self.step_BT = torch.full_like(self.ids_BT, -1)
         self.logp_BT = torch.zeros(self.ids_BT.shape, device=self.ids_BT.device)
@@ -114,7 +124,9 @@ class _Filling:
     def _blocks(self, own_size: int, start: int) -> Tensor:
         """The number of each position's block, int64 [B, T]."""
         if own_size:
-            return self.position_BT // own_size
+            # Numbered from the first one with a mask: rows whose prompts differ keep step.
+            block_BT = self.position_BT // own_size
+            return block_BT - block_BT.masked_fill(~self.free_BT, NO_BLOCK).amin(1, keepdim=True)
         if not self.params.block_size:
             return torch.zeros_like(self.ids_BT)
         column_T = torch.arange(self.ids_BT.shape[1], device=self.ids_BT.device)
@@ -139,6 +151,21 @@ class _Filling:
         self.edited_B |= entered_B
         self.front_B = front_B
         return (front_B < NO_BLOCK).nonzero()[:, 0]
+
+    def together(self, rows_C: Tensor) -> Tensor:
+        """Those of the rows that take the next step. A cache is of one block, so with one the rows
+        wait for each other at its end."""
+        if self.params.cache == "none" or not len(rows_C):
+            return rows_C
+        front = int(self.front_B[rows_C].min())
+        rows_A = rows_C[self.front_B[rows_C] == front]
+        if front != self.begun:
+            self.begun = front
+            masked_T = self.masked_BT[rows_C].any(0)
+            columns = (self.block_BT[rows_A] == front).any(0).nonzero()[:, 0].tolist()
+            final = int(masked_T.long().argmax())
+            self.reader.begin(self.ids_BT, Span(columns[0], columns[-1] + 1, rows_C, final))
+        return rows_A
 
     def _front(self) -> Tensor:
         """The first block of each row that has a masked position."""
