@@ -48,14 +48,16 @@ class Bag:
         return logits_RV
 
 
-def masked_llama(seed: int = 0, vocab: int = VOCAB, block_size: int = 0) -> MaskedDiffusionLM:
-    """Two layers, far from uniform; bidirectional."""
+def masked_llama(
+    seed: int = 0, vocab: int = VOCAB, block_size: int = 0, layers: int = 2, shift: bool = False
+) -> MaskedDiffusionLM:
+    """A few layers, far from uniform; bidirectional. The mask is the last token."""
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=64,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
@@ -64,6 +66,5 @@ def masked_llama(seed: int = 0, vocab: int = VOCAB, block_size: int = 0) -> Mask
         eos_token_id=EOS,
         bos_token_id=None,
     )
-    config.is_causal = False
     model = LlamaForCausalLM(config).eval()
-    return MaskedDiffusionLM(model, vocab - 1, block_size=block_size)
+    return MaskedDiffusionLM(model, vocab - 1, shift=shift, block_size=block_size)
