@@ -131,9 +131,7 @@ class MaskedDiffusionEngine:
         for i, sequence in enumerate(sequences):
             self._check_ids(sequence, 0, f"sequence {i}")
         with self._evaluating(), torch.inference_mode():
-            return [
-                masked_scores(self._model, sequence, temperature).cpu() for sequence in sequences
-            ]
+            return [masked_scores(self._model, sequence, temperature) for sequence in sequences]
 
     def update_weights(
         self, parameters: Iterable[tuple[str, Tensor]], version: int
@@ -309,16 +307,17 @@ class MaskedDiffusionEngine:
 def masked_scores(
     model: MaskedDiffusionLM, sequence: Sequence[int], temperature: float = 1.0
 ) -> Tensor:
-    """Log-prob of each token 1.. of `sequence` given all the others: float32 [len - 1]."""
+    """Log-prob of each token 1.. of `sequence` given all the others: float32 [len - 1], on the
+    CPU."""
     device = next(model.parameters()).device
     ids_T = torch.tensor(list(sequence), device=device)
-    parts = []
-    for column_M in torch.arange(1, len(ids_T), device=device).split(
-        max(1, SCORE_TOKENS // len(ids_T))
-    ):
-        row_M = torch.arange(len(column_M), device=device)
-        ids_MT = ids_T.repeat(len(column_M), 1)
-        ids_MT[row_M, column_M] = model.mask_id
-        canvas = Canvas(ids_MT)
-        parts.append(model.logp(canvas, row_M, column_M, ids_T[column_M], temperature))
-    return torch.cat(parts) if parts else torch.empty(0)
+    column_M = torch.arange(1, len(ids_T), device=device)
+    scores = [torch.empty(0)]
+    for column_m in column_M.split(max(1, SCORE_TOKENS // len(ids_T))) if len(column_M) else ():
+        row_m = torch.arange(len(column_m), device=device)
+        ids_mT = ids_T.repeat(len(column_m), 1)
+        ids_mT[row_m, column_m] = model.mask_id
+        scores.append(
+            model.logp(Canvas(ids_mT), row_m, column_m, ids_T[column_m], temperature).cpu()
+        )
+    return torch.cat(scores)
