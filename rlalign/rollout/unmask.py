@@ -23,7 +23,15 @@ from torch import Tensor
 from rlalign.models.masked_diffusion import Canvas, MaskedModel
 from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.unmask_logits import Reader, Span
-from rlalign.rollout.unmask_order import ORDERS, Proposal, due, propose, quota, surest
+from rlalign.rollout.unmask_order import (
+    ORDERS,
+    PROBABILITIES,
+    Proposal,
+    due,
+    propose,
+    quota,
+    surest,
+)
 
 MAX_EDIT_STEPS = 16  # of a block, once it is full
 DECIDED_LAST = torch.finfo(torch.float32).min  # below every confidence, above -inf: not there
@@ -258,6 +266,16 @@ def _check(model: MaskedModel, params: UnmaskParams) -> None:
         raise EngineError(f"steps is {params.steps}; a block takes at least 1")
     if params.order not in ORDERS:
         raise EngineError(f"order {params.order!r} is unknown; it is one of {', '.join(ORDERS)}")
+    if params.order not in PROBABILITIES and not (params.threshold is params.factor is None):
+        raise EngineError(
+            f"threshold and factor compare confidences with a probability, and order="
+            f"{params.order} has none: use {', '.join(PROBABILITIES)}"
+        )
+    if params.order == "origin" and not params.eos_confidence:
+        raise EngineError(
+            "eos_confidence=False makes end tokens wait, and with order=origin a position's turn "
+            "is drawn before its token: leave one of them out"
+        )
     if model.block_size and params.block_size not in (0, model.block_size):
         raise EngineError(
             f"block_size {params.block_size}: the model's own blocks have {model.block_size} "

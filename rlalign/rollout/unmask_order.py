@@ -31,6 +31,7 @@ from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.sampling import keep_likeliest, sample, uniform
 
 ORDERS = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+PROBABILITIES = ("low_confidence", "maskgit_plus", "topk_margin")  # confidences between 0 and 1
 SCHEDULED = ("maskgit_plus", "topk_margin", "entropy")  # quotas by Dream's times
 TIME_END = 1e-3
 STEP_BITS = 24  # positions below 2^24: a row's step and position are one counter

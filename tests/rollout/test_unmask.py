@@ -9,7 +9,7 @@ from rlalign.models.masked_diffusion import Canvas
 from rlalign.rollout.engine import EngineError
 from rlalign.rollout.sampling import uniform
 from rlalign.rollout.unmask import MAX_EDIT_STEPS, UnmaskParams, unmask
-from rlalign.rollout.unmask_order import ORDERS, STEP_BITS
+from rlalign.rollout.unmask_order import ORDERS, PROBABILITIES, STEP_BITS
 from tests.rollout.masked_fakes import EOS, MASK, VOCAB, Bag, masked_llama
 
 PROMPT = [3, 7, 2]
@@ -130,7 +130,13 @@ PARAMS = st.builds(
     suppress_ids=st.sampled_from([(), (2, 5)]),
     eos_ids=st.just((EOS, 4)),
     eos_confidence=st.booleans(),
-)
+).map(lambda params: replace(params, **allowed(params)))
+
+
+def allowed(params):
+    """What an order cannot do, left out."""
+    rules = {} if params.order in PROBABILITIES else {"threshold": None, "factor": None}
+    return rules | ({"eos_confidence": True} if params.order == "origin" else {})
 
 
 @settings(max_examples=120, deadline=None)
@@ -383,6 +389,9 @@ def test_settings_that_make_no_sense_are_refused():
     for params, message in (
         (UnmaskParams(0), "steps is 0"),
         (UnmaskParams(1, order="best"), "'best'.*low_confidence"),
+        (UnmaskParams(1, order="entropy", threshold=0.5), "order=entropy.*topk_margin"),
+        (UnmaskParams(1, order="random", factor=0.5), "order=random.*topk_margin"),
+        (UnmaskParams(1, order="origin", eos_confidence=False), "order=origin"),
     ):
         with pytest.raises(EngineError, match=message):
             unmask(Bag(), canvas, params, seeds(1))
