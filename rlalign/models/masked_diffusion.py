@@ -175,10 +175,8 @@ class MaskedDiffusionLM(nn.Module):
         transformers' own, or in the layout of the checkpoint that was loaded."""
         config: Any = self.model.config
         if self._layout is not None:
-            fields = {"mask_token_id": self.mask_id}
-            if self.block_size:
-                fields["block_size"] = self.block_size
-            self._layout.save(merged_weights(self.model), Path(folder), fields)
+            weights = merged_weights(self.model)
+            self._layout.save(weights, Path(folder), self.mask_id, self.block_size)
             return
         config.mask_token_id, config.diffusion_shift = self.mask_id, self.shift
         config.diffusion_block_size = self.block_size
@@ -229,8 +227,8 @@ class MaskedDiffusionLM(nn.Module):
     def _to_logits(self, states: Tensor) -> Tensor:
         output: Any = self.model.get_output_embeddings()
         logits = (states if self.head is None else output(states)).float()
-        mask_V = torch.arange(self.vocab_size, device=logits.device) == self.mask_id
-        return logits.masked_fill(mask_V, -torch.inf)
+        logits[..., self.mask_id] = -torch.inf
+        return logits
 
 
 def logprob_without(

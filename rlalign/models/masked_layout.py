@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +40,8 @@ LLADA_LAYER_MODULES = {
     "up_proj": "mlp.up_proj",
     "ff_out": "mlp.down_proj",
 }
-# The one value of each switch of LLaDA's config that is a Llama; absent, it has that value.
-# Dropout is none of them: it is off here whatever a config says.
+# The one value of each switch of LLaDA's config that is a Llama. Dropout is none of them: it is off
+# here whatever a config says.
 LLADA_SWITCHES = {
     "block_type": "llama",
     "block_group_size": 1,
@@ -58,6 +58,14 @@ LLADA_SWITCHES = {
     "clip_qkv": None,
     "scale_logits": False,
 }
+# What a switch is where config.json is silent, if that is no Llama.
+LLADA_DEFAULTS = {
+    "block_type": "sequential",
+    "layer_norm_type": "default",
+    "include_bias": True,
+    "activation_type": "swiglu",
+    "rope": False,
+}
 QWEN_SWITCHES = {"use_sliding_window": False}
 FOREIGN_KEYS = {"model_type", "architectures", "auto_map", "transformers_version"}
 COPIED = ("*.py", "generation_config.json")  # what else the checkpoint's own code needs
@@ -70,6 +78,7 @@ class Family:
     native: str  # model_type in transformers
     mask_id: int
     switches: Mapping[str, Any]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     shift: bool = False
     block_size: int = 0
     to_native: Callable[[str], str] = str  # names of tensors; one that is unknown stays
@@ -96,7 +105,7 @@ class Layout:
         """For transformers. Raises ModelError for a switch that the native model has not."""
         kind = self.config["model_type"]
         for name, needed in self.family.switches.items():
-            found = self.config.get(name, needed)
+            found = self.config.get(name, self.family.defaults.get(name, needed))
             if found != needed and not (needed is False and found is None):
                 raise ModelError(
                     f"config.json of this {kind} model has {name}={found!r}, and it is run as "
@@ -113,12 +122,14 @@ class Layout:
         return AutoConfig.for_model(self.family.native, **fields)
 
     def save(
-        self, weights: Iterable[tuple[str, Tensor]], folder: Path, fields: Mapping[str, Any]
+        self, weights: Iterable[tuple[str, Tensor]], folder: Path, mask_id: int, block_size: int
     ) -> None:
-        """Write `weights`, under their native names here, as the checkpoint had them, with its
-        config (`fields` put in)."""
+        """Write `weights`, under their native names here, as the checkpoint had them, and its
+        config."""
         named = {self.family.to_source(name): value.cpu() for name, value in weights}
-        config = {**self.config, **fields}
+        config = {**self.config, "mask_token_id": mask_id}
+        if block_size != self.family.block_size or "block_size" in config:
+            config["block_size"] = block_size
         for key in {"torch_dtype", "dtype"} & set(config):
             config[key] = str(next(iter(named.values())).dtype).removeprefix("torch.")
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,6 +190,7 @@ FAMILIES = {
         native="llama",
         mask_id=126336,
         switches=LLADA_SWITCHES,
+        defaults=LLADA_DEFAULTS,
         to_native=_llada_to_native,
         to_source=_llada_to_source,
         fields=_llada_fields,

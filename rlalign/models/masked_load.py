@@ -79,7 +79,7 @@ def load_masked_lm(
     if kind in FAMILIES:
         layout = Layout.of(folder, config)
         model, family = _load_layout(folder, layout, cfg), layout.family
-        facts = (family.mask_id, family.shift, config.get("block_size") or family.block_size)
+        facts = (family.mask_id, family.shift, config.get("block_size", family.block_size))
     else:
         layout = None
         model = _load_own(folder, config, cfg)
@@ -127,20 +127,20 @@ def _load_layout(folder: Path, layout: Layout, cfg: ModelConfig) -> PreTrainedMo
 
 
 def _load_own(folder: Path, config: dict[str, Any], cfg: ModelConfig) -> PreTrainedModel:
-    auto = _auto_class(folder, config)
+    auto, decoder = _auto_class(folder, config), config["model_type"] in DECODERS
     try:
         model, loaded = auto.from_pretrained(
             folder,
             dtype=getattr(torch, cfg.dtype),
             trust_remote_code=cfg.trust_remote_code,
-            attn_implementation="sdpa",
+            attn_implementation="sdpa" if decoder else None,  # the best that there is
             use_safetensors=True,
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
         raise load_error("model", folder, error) from error
     refuse_incomplete(folder, loaded["missing_keys"])
-    if config["model_type"] in DECODERS:  # an encoder's file often holds other tasks' heads too
+    if decoder:  # an encoder's file often holds other tasks' heads too
         _refuse_unused(folder, loaded["unexpected_keys"])
     return model
 
@@ -175,7 +175,8 @@ def _mask_id(folder: Path, config: dict[str, Any], known: int | None, cfg: Model
         return int(config["mask_token_id"])
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
-        found = tokenizer.mask_token_id
+        empty = len(tokenizer) <= len(tokenizer.all_special_tokens)  # what no files come to
+        found = None if empty else tokenizer.mask_token_id
     except LOAD_ERRORS:
         found = None  # there is none, or it needs code that is not trusted
     found = known if found is None else found

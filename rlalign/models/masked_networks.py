@@ -26,6 +26,7 @@ from rlalign.models.masked_attention import KV, positions, visible
 
 DECODERS = ("llama", "qwen2", "qwen3")
 PROBE_TOKENS = 5
+SIDES = {"left": 0, "right": -1}  # and the column that is padding there
 
 
 class Decoder:
@@ -119,9 +120,10 @@ class Decoder:
 class Encoder:
     """`model` as it runs itself.
 
-    `linear`: its logits are its output matrix times what enters it, checked here. Else `states` are
-    the logits. Raises ModelError for a model without logits, and for one whose first token does not
-    see the last one: that is no masked-diffusion model.
+    `linear`: its logits are its output matrix times what enters it. Else `states` are the logits.
+    `sides`: where a row may be padded and give what it gives alone. Both are found out here.
+    Raises ModelError for a model without logits, and for one whose first token does not see the
+    last one: that is no masked-diffusion model.
     """
 
     @torch.no_grad()
@@ -133,10 +135,18 @@ class Encoder:
             self.first_position = self._find_first_position(ids_1T)
             own_1TV = self._own_logits(ids_1T)
             self._refuse_causal(ids_1T, own_1TV)
+            self.sides = [side for side in SIDES if self._may_pad(side, ids_1T, own_1TV)]
             self.linear = self._is_linear(ids_1T, own_1TV)
 
     def states(self, ids_BT: Tensor, real_BT: Tensor | None) -> Tensor:
-        """[B, T, D], or [B, T, V] where the model is not `linear`."""
+        """[B, T, D], or [B, T, V] where the model is not `linear`. Raises ModelError for padding
+        at a side that is not in `sides`."""
+        for side, column in SIDES.items():
+            if side not in self.sides and real_BT is not None and not real_BT[:, column].all():
+                raise ModelError(
+                    f"{type(self.model).__name__} reads a row that is padded on the {side} "
+                    "otherwise than alone: pad on the other side, or use rows of one length"
+                )
         inputs = self._inputs(ids_BT, real_BT)
         if not self.linear:
             return self.model(**inputs).logits
@@ -156,44 +166,35 @@ class Encoder:
 
     def _inputs(self, ids_BT: Tensor, real_BT: Tensor | None) -> dict[str, Tensor]:
         inputs = {"input_ids": ids_BT}
-        if real_BT is not None:
+        if real_BT is not None and "attention_mask" in self.takes:
             inputs["attention_mask"] = real_BT.long()
         if self.first_position is not None:
             real_BT = torch.ones_like(ids_BT, dtype=torch.bool) if real_BT is None else real_BT
             inputs["position_ids"] = positions(real_BT) + self.first_position
-        elif real_BT is not None and not bool(real_BT[:, 0].all()):
-            raise ModelError(
-                f"{type(self.model).__name__} takes no position_ids, so a row padded on the left "
-                "would be read at other positions than alone: pad it on the right"
-            )
         return inputs
 
     def _probe_ids(self) -> Tensor:
         """A row of tokens none of which pads."""
         config: Any = self.model.config.get_text_config()
-        ids = [i for i in range(PROBE_TOKENS + 1) if i != config.pad_token_id][:PROBE_TOKENS]
+        padding = getattr(config, "pad_token_id", None)
+        ids = [i for i in range(PROBE_TOKENS + 1) if i != padding][:PROBE_TOKENS]
         return torch.tensor([ids], device=self.model.device) % int(config.vocab_size)
 
     def _find_first_position(self, ids_1T: Tensor) -> int | None:
         """What the model numbers the first token of a row; None where it cannot be told."""
         if "position_ids" not in self.takes:
             return None
-        own = self.model(input_ids=ids_1T).logits
+        own = _logits(self.model, {"input_ids": ids_1T})
         padding = getattr(self.model.config, "pad_token_id", None) or 0
         for first in (0, padding + 1):  # RoBERTa's count begins behind the padding token's id
             position_1T = torch.arange(ids_1T.shape[1], device=ids_1T.device)[None] + first
-            if _close(self.model(input_ids=ids_1T, position_ids=position_1T).logits, own):
+            inputs = {"input_ids": ids_1T, "position_ids": position_1T}
+            if _close(_logits(self.model, inputs), own):
                 return first
         return None
 
-    def _own_logits(self, ids_1T: Tensor) -> Tensor:
-        logits = getattr(self.model(**self._inputs(ids_1T, None)), "logits", None)
-        if logits is None:
-            raise ModelError(
-                f"{type(self.model).__name__} gives no logits: name a folder that holds a model "
-                "with a language head (AutoModelForMaskedLM in auto_map)"
-            )
-        return logits
+    def _own_logits(self, ids_BT: Tensor, real_BT: Tensor | None = None) -> Tensor:
+        return _logits(self.model, self._inputs(ids_BT, real_BT))
 
     def _refuse_causal(self, ids_1T: Tensor, own_1TV: Tensor) -> None:
         other_1T = ids_1T.clone()
@@ -204,6 +205,13 @@ class Encoder:
                 "so it cannot fill in masks: name a masked-diffusion model"
             )
 
+    def _may_pad(self, side: str, ids_1T: Tensor, own_1TV: Tensor) -> bool:
+        pad_1P = ids_1T[:, :2]
+        order = 1 if side == "left" else -1
+        ids = torch.cat([pad_1P, ids_1T][::order], 1)
+        real = torch.cat([torch.zeros_like(pad_1P), torch.ones_like(ids_1T)][::order], 1).bool()
+        return _close(self._own_logits(ids, real)[real][None], own_1TV)
+
     def _is_linear(self, ids_1T: Tensor, own_1TV: Tensor) -> bool:
         output = self.model.get_output_embeddings()
         if not isinstance(output, nn.Linear):
@@ -211,7 +219,7 @@ class Encoder:
         self.linear = True
         try:
             states = self.states(ids_1T, None)
-        except (IndexError, RuntimeError):  # the matrix is not reached, or its output is needed
+        except (IndexError, RuntimeError, ValueError):  # not reached, or its output is needed
             return False
         return states.shape[:2] == ids_1T.shape and _close(output(states), own_1TV)
 
@@ -225,6 +233,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
+
+
+def _logits(model: PreTrainedModel, inputs: dict[str, Tensor]) -> Tensor:
+    logits = getattr(model(**inputs), "logits", None)
+    if logits is None:
+        raise ModelError(
+            f"{type(model).__name__} gives no logits: name a folder that holds a model with a "
+            "language head (AutoModelForMaskedLM in auto_map)"
+        )
+    return logits
 
 
 def _close(actual: Tensor, expected: Tensor) -> bool:

@@ -58,11 +58,11 @@ def write_random_masked(
     vocab = len(tokenizer) if vocab is None else vocab
     if vocab < len(tokenizer):
         raise ModelError(f"vocab={vocab} is smaller than the tokenizer's {len(tokenizer)} tokens")
-    shape = {
+    shape: dict[str, Any] = {
         "vocab": vocab, "hidden": hidden, "layers": layers, "heads": heads, "kv_heads": kv_heads,
         "mlp": mlp, "max_positions": max_positions, "tied": tied,
     }  # fmt: skip
-    tokens = {
+    tokens: dict[str, Any] = {
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
         "mask_token_id": tokenizer.mask_token_id,
@@ -71,17 +71,23 @@ def write_random_masked(
     if kind in ("bert", "modernbert"):
         _write_encoder(folder, kind, shape, tokens | overrides, seed)
     elif kind == "native":
-        blocks = {"is_causal": False, "diffusion_shift": False, "diffusion_block_size": block_size}
-        config = small_config("qwen2", **shape, init_std=INIT_STD, **tokens, **blocks, **overrides)
+        fields = {"is_causal": False, "diffusion_block_size": block_size} | tokens | overrides
+        config = small_config("qwen2", **shape, init_std=INIT_STD, **fields)
         _randomized(init_model(config, seed), seed).save_pretrained(folder)
     else:
         name = MODEL_TYPES[kind]
+        block_size = block_size or FAMILIES[name].block_size
         config = _foreign_config(name, shape, block_size) | tokens | overrides
         layout = Layout(FAMILIES[name], config, {})
         native = layout.native_config()
         native.initializer_range = INIT_STD
         weights = _randomized(init_model(native, seed), seed).named_parameters()
-        layout.save(((name, value.detach()) for name, value in weights), folder, {})
+        layout.save(
+            ((name, value.detach()) for name, value in weights),
+            folder,
+            config["mask_token_id"],
+            block_size,
+        )
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -104,6 +110,7 @@ def _foreign_config(name: str, shape: dict[str, Any], block_size: int) -> dict[s
             "weight_tying": shape["tied"],
             "block_type": "llama",
             "layer_norm_type": "rms",
+            "include_bias": False,
             "activation_type": "silu",
             "rope": True,
             "torch_dtype": "float32",
@@ -126,7 +133,7 @@ def _foreign_config(name: str, shape: dict[str, Any], block_size: int) -> dict[s
     }
     if name == "sdar":
         head_dim = shape["hidden"] // shape["heads"]
-        config |= {"block_size": block_size or 4, "head_dim": head_dim, "attention_bias": False}
+        config |= {"block_size": block_size, "head_dim": head_dim, "attention_bias": False}
     return config
 
 
