@@ -225,6 +225,7 @@ class MaskedDiffusionEngine:
             block_size=block,
             temperature=params.temperature,
             order=config.order,
+            alg_temp=config.alg_temp,
             top_p=params.top_p,
             top_k=params.top_k,
             threshold=config.threshold,

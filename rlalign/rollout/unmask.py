@@ -26,6 +26,7 @@ from rlalign.rollout.unmask_logits import Reader, Span
 from rlalign.rollout.unmask_order import (
     ORDERS,
     PROBABILITIES,
+    SCHEDULED,
     Proposal,
     due,
     propose,
@@ -33,6 +34,7 @@ from rlalign.rollout.unmask_order import (
     surest,
 )
 
+LOGITS_BYTES = 512 * 2**20  # that exist at once, or those of one row
 MAX_EDIT_STEPS = 16  # of a block, once it is full
 DECIDED_LAST = torch.finfo(torch.float32).min  # below every confidence, above -inf: not there
 NO_BLOCK = 2**62  # behind every block
@@ -60,6 +62,7 @@ class UnmaskParams:
     eos_confidence: bool = True
     eos_early_stop: bool = False
     cache: str = "none"
+    alg_temp: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -100,7 +103,7 @@ class _Filling:
     def __init__(
         self, model: MaskedModel, canvas: Canvas, params: UnmaskParams, seed_B: Tensor, start: int
     ) -> None:
-        self.params, self.seed_B = params, seed_B
+        self.params, self.seed_B, self.vocab = params, seed_B, model.vocab_size
         self.ids_BT = canvas.ids_BT.clone()
         real_BT = canvas.real_BT
         if real_BT is None:
@@ -194,11 +197,11 @@ class _Filling:
         open_AT = masked_AT if self.params.edit_threshold is None else own_AT
         columns = open_AT.any(0).nonzero()[:, 0]
         low, high = int(columns[0]), int(columns[-1]) + 1
-        at_A, at_W = open_AT[:, low:high].nonzero(as_tuple=True)
+        open_AW = open_AT[:, low:high]
+        at_A, at_W = open_AW.nonzero(as_tuple=True)
         row_N, column_N = rows_A[at_A], at_W + low
-        logits_AWV = self.reader.logits(self.ids_BT, rows_A, low, high)
-        found = self._propose(logits_AWV[at_A, at_W], row_N, column_N)
-        confidence_AW = torch.zeros(len(rows_A), high - low, device=logits_AWV.device)
+        found = self._read(rows_A, open_AW, low)
+        confidence_AW = torch.zeros(open_AW.shape, device=open_AW.device)
         confidence_AW[at_A, at_W] = found.confidence_N
         chosen_AW = self._chosen(rows_A, confidence_AW, masked_AT[:, low:high])
         chosen_N = chosen_AW[at_A, at_W]
@@ -207,6 +210,17 @@ class _Filling:
         self._commit(found, row_N[chosen_N], column_N[chosen_N], chosen_N)
         self.forwards_B[rows_A] += 1
         self.done_B[rows_A] += 1
+
+    def _read(self, rows_A: Tensor, open_AW: Tensor, low: int) -> Proposal:
+        """What the open places would take, in their order; rows whose logits fit go together."""
+        width = open_AW.shape[1]
+        count = max(1, LOGITS_BYTES // (4 * width * self.vocab))
+        parts = []
+        for rows_a, open_aW in zip(rows_A.split(count), open_AW.split(count), strict=True):
+            logits_aWV = self.reader.logits(self.ids_BT, rows_a, low, low + width)
+            at_a, at_W = open_aW.nonzero(as_tuple=True)
+            parts.append(self._propose(logits_aWV[at_a, at_W], rows_a[at_a], at_W + low))
+        return Proposal(*map(torch.cat, zip(*parts, strict=True)))
 
     def _propose(self, logits_NV: Tensor, row_N: Tensor, column_N: Tensor) -> Proposal:
         params = self.params
@@ -266,10 +280,15 @@ def _check(model: MaskedModel, params: UnmaskParams) -> None:
         raise EngineError(f"steps is {params.steps}; a block takes at least 1")
     if params.order not in ORDERS:
         raise EngineError(f"order {params.order!r} is unknown; it is one of {', '.join(ORDERS)}")
-    if params.order not in PROBABILITIES and not (params.threshold is params.factor is None):
+    if params.order not in PROBABILITIES and _parallel(params):
         raise EngineError(
             f"threshold and factor compare confidences with a probability, and order="
             f"{params.order} has none: use {', '.join(PROBABILITIES)}"
+        )
+    if params.alg_temp and (params.order not in SCHEDULED or _parallel(params)):
+        raise EngineError(
+            f"alg_temp draws positions in Dream's orders, {', '.join(SCHEDULED)}, without "
+            f"threshold and factor; order={params.order}: leave it out"
         )
     if params.order == "origin" and not params.eos_confidence:
         raise EngineError(
@@ -281,3 +300,7 @@ def _check(model: MaskedModel, params: UnmaskParams) -> None:
             f"block_size {params.block_size}: the model's own blocks have {model.block_size} "
             "positions; leave it out"
         )
+
+
+def _parallel(params: UnmaskParams) -> bool:
+    return params.threshold is not None or params.factor is not None

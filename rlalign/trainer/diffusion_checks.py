@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlalign.config import Config, ConfigError
 from rlalign.config.schema import DiffusionConfig
-from rlalign.rollout.unmask_order import PROBABILITIES
+from rlalign.rollout.unmask_order import PROBABILITIES, SCHEDULED
 
 SECTION = "rollout.diffusion"
 
@@ -56,6 +56,11 @@ def _check_order(diffusion: DiffusionConfig) -> None:
         raise ConfigError(
             f"{SECTION}.{parallel[0]} compares confidences with a probability, and "
             f"{SECTION}.order={diffusion.order} has none: use {', '.join(PROBABILITIES)}"
+        )
+    if diffusion.alg_temp and (parallel or diffusion.order not in SCHEDULED):
+        raise ConfigError(
+            f"{SECTION}.alg_temp draws positions in Dream's orders, {', '.join(SCHEDULED)}, "
+            f"without threshold and factor; {SECTION}.order={diffusion.order}: leave it out"
         )
     if diffusion.order == "origin" and not diffusion.eos_confidence:
         raise ConfigError(

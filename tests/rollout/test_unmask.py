@@ -9,7 +9,7 @@ from rlalign.models.masked_diffusion import Canvas
 from rlalign.rollout.engine import EngineError
 from rlalign.rollout.sampling import uniform
 from rlalign.rollout.unmask import MAX_EDIT_STEPS, UnmaskParams, unmask
-from rlalign.rollout.unmask_order import ORDERS, PROBABILITIES, STEP_BITS
+from rlalign.rollout.unmask_order import ORDERS, PROBABILITIES, SCHEDULED, STEP_BITS
 from tests.rollout.masked_fakes import EOS, MASK, VOCAB, Bag, masked_llama
 
 PROMPT = [3, 7, 2]
@@ -130,12 +130,15 @@ PARAMS = st.builds(
     suppress_ids=st.sampled_from([(), (2, 5)]),
     eos_ids=st.just((EOS, 4)),
     eos_confidence=st.booleans(),
+    alg_temp=st.sampled_from([0.0, 0.5]),
 ).map(lambda params: replace(params, **allowed(params)))
 
 
 def allowed(params):
     """What an order cannot do, left out."""
     rules = {} if params.order in PROBABILITIES else {"threshold": None, "factor": None}
+    if params.order not in SCHEDULED or params.threshold or params.factor:
+        rules["alg_temp"] = 0.0
     return rules | ({"eos_confidence": True} if params.order == "origin" else {})
 
 
@@ -185,6 +188,17 @@ def test_a_full_canvas_costs_nothing_and_rows_that_are_done_leave():
     assert filled.forwards_B.tolist() == [3, 1, 0]
     empty = Canvas(torch.zeros(0, 5, dtype=torch.long))
     assert unmask(model, empty, UnmaskParams(3), seeds()).ids_BT.shape == (0, 5)
+
+
+def test_rows_whose_logits_do_not_fit_are_read_in_parts(monkeypatch):
+    canvas, params = canvas_of(*[masks(4, [2 + i]) for i in range(5)]), UnmaskParams(2, 0, 1.0)
+    whole = unmask(Bag(), canvas, params, torch.arange(5))
+    monkeypatch.setattr("rlalign.rollout.unmask.LOGITS_BYTES", 2 * 4 * 4 * VOCAB)
+    model = Bag()
+    parts = unmask(model, canvas, params, torch.arange(5))
+    assert model.calls[:3] == [2, 2, 1]
+    assert torch.equal(parts.ids_BT, whole.ids_BT) and torch.equal(parts.step_BT, whole.step_BT)
+    assert torch.equal(parts.logp_BT, whole.logp_BT)
 
 
 def test_padding_is_not_filled():
@@ -391,6 +405,8 @@ def test_settings_that_make_no_sense_are_refused():
         (UnmaskParams(1, order="best"), "'best'.*low_confidence"),
         (UnmaskParams(1, order="entropy", threshold=0.5), "order=entropy.*topk_margin"),
         (UnmaskParams(1, order="random", factor=0.5), "order=random.*topk_margin"),
+        (UnmaskParams(1, alg_temp=0.5), "alg_temp.*order=low_confidence"),
+        (UnmaskParams(1, order="topk_margin", alg_temp=0.5, threshold=0.5), "alg_temp.*threshold"),
         (UnmaskParams(1, order="origin", eos_confidence=False), "order=origin"),
     ):
         with pytest.raises(EngineError, match=message):

@@ -95,6 +95,24 @@ def test_the_order_of_positions_is_not_the_noise_of_their_tokens():
     assert abs(float(torch.corrcoef(drawn_and_order)[0, 1])) < 5 / 4000**0.5
 
 
+def test_positions_are_drawn_by_the_softmax_of_their_confidence():
+    """The first one, over seeds, at each of two steps; and the two draws are independent."""
+    logits = torch.randn(3, 5, generator=torch.Generator().manual_seed(1)) * 3
+    params, where, count, alg_temp = SamplingParams(1, 0.0), torch.arange(3), 3000, 0.4
+    weights = (proposal(logits, "maskgit_plus", temperature=0.0).confidence_N / alg_temp).softmax(0)
+    pairs = Counter()
+    for seed in range(count):
+        first = []
+        for step in (0, 1):
+            keys = torch.full((3,), seed), torch.full((3,), step), where
+            found = propose(logits, *keys, params, "maskgit_plus", alg_temp)
+            first.append(int(found.confidence_N.argmax()))
+        pairs[tuple(first)] += 1
+    expected = {(i, j): count * float(weights[i] * weights[j]) for i in range(3) for j in range(3)}
+    statistic = sum((pairs[pair] - e) ** 2 / e for pair, e in expected.items())
+    assert min(expected.values()) > 5 and statistic < 8 + 5 * 16**0.5
+
+
 # --- quotas
 
 

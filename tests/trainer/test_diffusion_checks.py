@@ -17,6 +17,7 @@ def check(length=16, **options):
         {"steps": 16, "eval_steps": 4, "block_size": 4},
         {"steps": 5},
         {"order": "topk_margin", "threshold": 0.9},
+        {"order": "entropy", "alg_temp": 0.5},
         {"order": "random", "eos_confidence": False},
         {"eos_early_stop": True, "block_size": 8, "eos_policy": "visible"},
         {"eos_early_stop": True},  # a model may have blocks of its own
@@ -38,6 +39,8 @@ def test_settings_that_go_together(options):
         ({"threshold": 0.9, "factor": 1.0}, r"threshold.*factor.*set one"),
         ({"threshold": 0.9, "order": "entropy"}, r"threshold.*order=entropy.*maskgit_plus"),
         ({"factor": 0.9, "order": "random"}, r"factor.*order=random"),
+        ({"alg_temp": 0.5}, r"alg_temp.*entropy.*order=low_confidence"),
+        ({"alg_temp": 0.5, "order": "topk_margin", "factor": 1.0}, r"alg_temp.*factor"),
         ({"order": "origin", "eos_confidence": False}, r"eos_confidence.*origin"),
         ({"eos_early_stop": True, "eos_policy": "all"}, r"nobody sampled"),
         ({"eos_early_stop": True, "block_size": 16}, r"one block"),
