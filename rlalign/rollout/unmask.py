@@ -25,9 +25,8 @@ from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.unmask_logits import Reader, Span
 from rlalign.rollout.unmask_order import (
     ORDERS,
-    PROBABILITIES,
-    SCHEDULED,
     Proposal,
+    conflict,
     due,
     propose,
     quota,
@@ -280,27 +279,16 @@ def _check(model: MaskedModel, params: UnmaskParams) -> None:
         raise EngineError(f"steps is {params.steps}; a block takes at least 1")
     if params.order not in ORDERS:
         raise EngineError(f"order {params.order!r} is unknown; it is one of {', '.join(ORDERS)}")
-    if params.order not in PROBABILITIES and _parallel(params):
-        raise EngineError(
-            f"threshold and factor compare confidences with a probability, and order="
-            f"{params.order} has none: use {', '.join(PROBABILITIES)}"
-        )
-    if params.alg_temp and (params.order not in SCHEDULED or _parallel(params)):
-        raise EngineError(
-            f"alg_temp draws positions in Dream's orders, {', '.join(SCHEDULED)}, without "
-            f"threshold and factor; order={params.order}: leave it out"
-        )
-    if params.order == "origin" and not params.eos_confidence:
-        raise EngineError(
-            "eos_confidence=False makes end tokens wait, and with order=origin a position's turn "
-            "is drawn before its token: leave one of them out"
-        )
+    parallel = params.threshold is not None or params.factor is not None
+    if reason := conflict(
+        params.order,
+        parallel=parallel,
+        alg_temp=params.alg_temp,
+        eos_confidence=params.eos_confidence,
+    ):
+        raise EngineError(reason)
     if model.block_size and params.block_size not in (0, model.block_size):
         raise EngineError(
             f"block_size {params.block_size}: the model's own blocks have {model.block_size} "
             "positions; leave it out"
         )
-
-
-def _parallel(params: UnmaskParams) -> bool:
-    return params.threshold is not None or params.factor is not None

@@ -133,5 +133,25 @@ def surest(
     return wanted_BW & (rank_BW < quota_B[:, None])
 
 
+def conflict(order: str, *, parallel: bool, alg_temp: float, eos_confidence: bool) -> str | None:
+    """Why these options do not go together. `parallel`: a threshold or a factor is set."""
+    if parallel and order not in PROBABILITIES:
+        return (
+            f"threshold and factor compare confidences with a probability, and order={order} has "
+            f"none: use {', '.join(PROBABILITIES)}"
+        )
+    if alg_temp and (parallel or order not in SCHEDULED):
+        return (
+            f"alg_temp draws positions in Dream's orders, {', '.join(SCHEDULED)}, without "
+            f"threshold and factor, and order={order}: leave it out"
+        )
+    if order == "origin" and not eos_confidence:
+        return (
+            "eos_confidence=false makes end tokens wait, and with order=origin a position's turn "
+            "is drawn before its token: leave one of them out"
+        )
+    return None
+
+
 def _at(values_NV: Tensor, index_N: Tensor) -> Tensor:
     return values_NV.gather(-1, index_N[:, None])[:, 0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rlalign.config import Config, ConfigError
 from rlalign.config.schema import DiffusionConfig
-from rlalign.rollout.unmask_order import PROBABILITIES, SCHEDULED
+from rlalign.rollout.unmask_order import conflict
 
 SECTION = "rollout.diffusion"
 
@@ -18,10 +18,6 @@ def check_diffusion(config: Config) -> None:
             _check_steps(name, steps, blocks, length)
     _check_order(diffusion)
     _check_end(diffusion, blocks)
-    if diffusion.threshold is not None and diffusion.factor is not None:
-        raise ConfigError(
-            f"{SECTION}.threshold and {SECTION}.factor are two rules for the same thing: set one"
-        )
 
 
 def _check_blocks(diffusion: DiffusionConfig, length: int) -> int:
@@ -51,22 +47,18 @@ def _check_steps(name: str, steps: int, blocks: int, length: int) -> None:
 
 
 def _check_order(diffusion: DiffusionConfig) -> None:
-    parallel = [name for name in ("threshold", "factor") if getattr(diffusion, name) is not None]
-    if parallel and diffusion.order not in PROBABILITIES:
+    threshold, factor = diffusion.threshold is not None, diffusion.factor is not None
+    if threshold and factor:
         raise ConfigError(
-            f"{SECTION}.{parallel[0]} compares confidences with a probability, and "
-            f"{SECTION}.order={diffusion.order} has none: use {', '.join(PROBABILITIES)}"
+            f"{SECTION}.threshold and {SECTION}.factor are two rules for the same thing: set one"
         )
-    if diffusion.alg_temp and (parallel or diffusion.order not in SCHEDULED):
-        raise ConfigError(
-            f"{SECTION}.alg_temp draws positions in Dream's orders, {', '.join(SCHEDULED)}, "
-            f"without threshold and factor; {SECTION}.order={diffusion.order}: leave it out"
-        )
-    if diffusion.order == "origin" and not diffusion.eos_confidence:
-        raise ConfigError(
-            f"{SECTION}.eos_confidence=false makes end tokens wait, and with order=origin a "
-            "position's turn is drawn before its token: leave one of them out"
-        )
+    if reason := conflict(
+        diffusion.order,
+        parallel=threshold or factor,
+        alg_temp=diffusion.alg_temp,
+        eos_confidence=diffusion.eos_confidence,
+    ):
+        raise ConfigError(f"{SECTION}: {reason}")
 
 
 def _check_end(diffusion: DiffusionConfig, blocks: int) -> None:

@@ -116,6 +116,19 @@ def test_rows_that_are_full_leave_a_cache_too():
     assert seen[-1] == 4
 
 
+def test_what_is_kept_is_final_in_rows_that_wait_too():
+    """The second row skips the turn of the first one's last block, and has an earlier gap open."""
+    lm = masked_llama(block_size=4)
+    ids = torch.full((2, 24), 5)
+    ids[0, 16:], ids[1, [0, 12, 20, 21]] = MASK, MASK
+    seeds = torch.tensor([1, 2])
+    cached, exact = (
+        unmask(lm, Canvas(ids), UnmaskParams(4, 4, 1.0, cache=cache), seeds)
+        for cache in ("prefix", "none")
+    )
+    assert_same(cached, exact)
+
+
 def test_models_without_keys_and_values_are_refused():
     for cache, message in (("prefix", r"Bag.*cache=none"), ("all", "'all'.*prefix")):
         with pytest.raises(EngineError, match=message):
