@@ -121,6 +121,7 @@ class MaskedDiffusionLM(nn.Module):
         score = partial(logprob_without, self.mask_id)
         return self.head(states_MD, target_M, temperature, function=score)
 
+    @torch.no_grad()
     def prefill(self, canvas: Canvas, stop: int, kv: KV | None = None) -> KV:
         """Keys and values of the canvas's first columns, for `logits_cached`.
 
@@ -141,6 +142,7 @@ class MaskedDiffusionLM(nn.Module):
         _, longer = network.cached(canvas.ids_BT, canvas.real_BT, kv, stop)
         return longer.columns(kept)
 
+    @torch.no_grad()
     def logits_cached(self, canvas: Canvas, kv: KV, start: int, stop: int | None = None) -> Tensor:
         """`logits` of columns `start` to `stop`, float32 [B, stop - start, V], without a gradient:
         columns that `kv` holds are not run again, nor, with blocks, those that nobody asked for
@@ -153,7 +155,7 @@ class MaskedDiffusionLM(nn.Module):
         if self.block_size:
             end = blocks_end(_real(canvas), self.block_size, stop)
         states_BTD, _ = network.cached(canvas.ids_BT, canvas.real_BT, kv.columns(begin), end)
-        return self._to_logits(_take(states_BTD, column_BT - begin)).detach()
+        return self._to_logits(_take(states_BTD, column_BT - begin))
 
     def logits_within(self, canvas: Canvas, kv: KV, start: int, stop: int) -> Tensor:
         """As `logits_cached`, but nothing outside of the columns is run: `kv` holds the whole

@@ -45,9 +45,10 @@ AUTO_CLASSES = {
     "AutoModelForCausalLM": AutoModelForCausalLM,
     "AutoModel": AutoModel,
 }
+EXPERTS = "is a mixture of experts that no model of transformers matches"
 UNSUPPORTED = {
-    "llada2_moe": "is a mixture of experts that no model of transformers matches",
-    "sdar_moe": "is a mixture of experts that no model of transformers matches",
+    "llada2_moe": EXPERTS,
+    "sdar_moe": EXPERTS,
     "diffusion_gemma": "has no mask token: it replaces tokens by random ones",
 }
 
@@ -69,9 +70,12 @@ def load_masked_lm(
     folder = model_folder(cfg.path, seed)
     config = _read_config(folder)
     kind = config.get("model_type")
-    if kind in UNSUPPORTED:
+    problem = UNSUPPORTED.get(str(kind))
+    if kind in FAMILIES and config.get("num_experts"):
+        problem = EXPERTS  # LLaDA-MoE calls itself llada
+    if problem:
         raise ModelError(
-            f"{folder} holds a {kind} model, which {UNSUPPORTED[kind]}: rlalign cannot run it. Use "
+            f"{folder} holds a {kind} model, which {problem}: rlalign cannot run it. Use "
             "a LLaDA, Dream or SDAR checkpoint, or a masked-language model of transformers"
         )
     if not any(folder.glob("*.safetensors")):
@@ -79,18 +83,18 @@ def load_masked_lm(
     if kind in FAMILIES:
         layout = Layout.of(folder, config)
         model, family = _load_layout(folder, layout, cfg), layout.family
-        facts = (family.mask_id, family.shift, config.get("block_size", family.block_size))
+        known_mask, shift = family.mask_id, family.shift
+        sizes = (block_size, config.get("block_size"), family.block_size)
     else:
-        layout = None
-        model = _load_own(folder, config, cfg)
-        facts = (None, config.get("diffusion_shift"), config.get("diffusion_block_size"))
-    known_mask, shift, own_block_size = facts
+        layout = known_mask = None
+        model, shift = _load_own(folder, config, cfg), bool(config.get("diffusion_shift"))
+        sizes = (block_size, config.get("diffusion_block_size"), 0)
     without_dropout(model).to(device)  # type: ignore[arg-type]
     return MaskedDiffusionLM(
         model,
         _mask_id(folder, config, known_mask, cfg),
-        shift=bool(shift),
-        block_size=int(own_block_size or 0) if block_size is None else block_size,
+        shift=shift,
+        block_size=next(size for size in sizes if size is not None),
         kernels=kernels,
         layout=layout,
     ).eval()

@@ -35,7 +35,7 @@ class Decoder:
     def __init__(self, model: PreTrainedModel, block_size: int) -> None:
         self.model, self.block_size = model, block_size
         config: Any = model.config
-        config.is_causal = False  # where no mask is given, transformers makes one by this
+        config.is_causal = False  # else transformers makes a causal mask where none is given
         if "sliding_attention" in (getattr(config, "layer_types", None) or ()):
             raise ModelError(
                 f"{type(model).__name__} has layers that see a window of {config.sliding_window} "
@@ -47,7 +47,6 @@ class Decoder:
         """[B, T, D], in the model's dtype."""
         return self._run(ids_BT, real_BT, 0, ids_BT.shape[1], None)
 
-    @torch.no_grad()
     def cached(self, ids_BT: Tensor, real_BT: Tensor | None, kv: KV, end: int) -> tuple[Tensor, KV]:
         """States [B, end - len(kv), D] of the columns after those that `kv` holds up to `end`,
         and keys and values of all up to `end`."""
@@ -104,7 +103,6 @@ class Decoder:
             position_ids=position_BT[:, begin:end],
             past_key_values=cache,
             use_cache=cache is not None,
-            is_causal=False,
         )
         return output.last_hidden_state
 

@@ -75,21 +75,27 @@ def write_random_masked(
         config = small_config("qwen2", **shape, init_std=INIT_STD, **fields)
         _randomized(init_model(config, seed), seed).save_pretrained(folder)
     else:
-        name = MODEL_TYPES[kind]
-        block_size = block_size or FAMILIES[name].block_size
-        config = _foreign_config(name, shape, block_size) | tokens | overrides
-        layout = Layout(FAMILIES[name], config, {})
-        native = layout.native_config()
-        native.initializer_range = INIT_STD
-        weights = _randomized(init_model(native, seed), seed).named_parameters()
-        layout.save(
-            ((name, value.detach()) for name, value in weights),
-            folder,
-            config["mask_token_id"],
-            block_size,
-        )
+        _write_foreign(folder, MODEL_TYPES[kind], shape, block_size, tokens | overrides, seed)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _write_foreign(
+    folder: Path,
+    name: str,
+    shape: dict[str, Any],
+    block_size: int,
+    fields: dict[str, Any],
+    seed: int,
+) -> None:
+    block_size = block_size or FAMILIES[name].block_size
+    config = _foreign_config(name, shape, block_size) | fields
+    layout = Layout(FAMILIES[name], config, {})
+    native = layout.native_config()
+    native.initializer_range = INIT_STD
+    model = _randomized(init_model(native, seed), seed)
+    weights = ((name, value.detach()) for name, value in model.named_parameters())
+    layout.save(weights, folder, config["mask_token_id"], block_size)
 
 
 def _foreign_config(name: str, shape: dict[str, Any], block_size: int) -> dict[str, Any]:

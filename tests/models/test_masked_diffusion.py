@@ -19,6 +19,7 @@ from rlalign.models.lora import attach_lora
 from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM, logprob_without
 from rlalign.models.masked_load import load_masked_lm
 from rlalign.models.masked_random import KINDS, write_random_masked
+from rlalign.models.random import init_model, small_config
 
 DECODERS = ("llada", "dream", "sdar", "native")
 MASK = 262
@@ -304,6 +305,7 @@ def test_cached_logits_of_an_unchanged_canvas_are_exact_with_full_attention(
     for stop in (0, 1, 5, 12):
         kv = model.prefill(canvas, stop)
         assert len(kv) == stop
+        assert not any(x.requires_grad for layer in kv.layers for x in layer)
         for start, end in ((stop, 13), (stop, stop + 1), (max(0, stop - 2), 13)):
             actual = model.logits_cached(canvas, kv, start, end)
             assert largest(actual - model.logits(canvas, start, end)) < 1e-5
@@ -329,6 +331,7 @@ def test_a_prefill_under_checkpointing_in_train_mode_keeps_keys(folders):
     model.model.gradient_checkpointing_enable({"use_reentrant": False})
     canvas = ragged([0, 3])
     kv = model.prefill(canvas, 6)
+    assert len(kv) == 6
     assert largest(model.logits_cached(canvas, kv, 6) - model.logits(canvas, 6)) < 1e-5
     assert model.model.training
 
@@ -353,6 +356,17 @@ def test_what_cannot_be_run_is_refused(folders, models):
     for mask_id in (263, -1):
         with pytest.raises(ModelError, match=f"mask token {mask_id} is not in the vocabulary"):
             MaskedDiffusionLM(models["llada"].model, mask_id)
+
+
+def test_a_causal_model_becomes_one_that_is_saved_as_it_was_run(tmp_path):
+    shape = dict(vocab=30, hidden=16, layers=1, heads=2, kv_heads=2, mlp=16, max_positions=32)
+    model = init_model(small_config("llama", tied=True, init_std=0.2, **shape), 0).eval()
+    own = MaskedDiffusionLM(model, 5, shift=True, block_size=3)
+    own.save_pretrained(tmp_path)
+    again = load_masked_lm(ModelConfig(path=str(tmp_path)))
+    assert (again.mask_id, again.shift, again.block_size) == (5, True, 3)
+    canvas = Canvas(torch.tensor([[7, 5, 9, 5, 11, 3, 5]]))
+    assert torch.equal(again.logits(canvas), own.logits(canvas))
 
 
 def test_rows_of_a_canvas():

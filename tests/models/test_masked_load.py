@@ -61,6 +61,8 @@ def test_shift_and_blocks_of_a_native_model_come_back(tmp_path):
     model = load(source)
     assert (model.shift, model.block_size) == (True, 2)
     model.save_pretrained(tmp_path / "b")
+    edit_config(write_random_masked(tmp_path / "c", "sdar"), block_size=None)
+    assert load(tmp_path / "c").block_size == 4
     again = load(tmp_path / "b")
     assert (again.shift, again.block_size, again.mask_id) == (True, 2, 262)
     assert torch.equal(again.logits(CANVAS), model.logits(CANVAS))
@@ -155,6 +157,7 @@ def test_a_native_model_with_a_window_is_refused(tmp_path):
     ("fields", "message"),
     [
         (dict(model_type="llada2_moe"), "mixture of experts"),
+        (dict(num_experts=64, n_heads=None), "llada model, which is a mixture of experts"),
         (dict(model_type="diffusion_gemma"), "has no mask token: it replaces tokens"),
         (dict(model_type="gpt2"), "holds a gpt2 model, and rlalign knows no way to fill in masks"),
         (dict(model_type="bart", is_encoder_decoder=True), "knows no way to fill in masks"),
