@@ -232,15 +232,17 @@ class _Filling:
             position_N,
             sampling,
             params.order,
+            params.alg_temp,
         )
         if bool(found.logp_N.isnan().any()):
             raise EngineError(
                 "the model's logits are not finite, so nothing can be sampled from it: the weights "
                 "diverged. Go back to an earlier checkpoint and lower the learning rate."
             )
-        if not params.eos_confidence:
-            found.confidence_N[torch.isin(found.token_N, self.eos_ids)] = DECIDED_LAST
-        return found
+        if params.eos_confidence:
+            return found
+        ends_N = torch.isin(found.token_N, self.eos_ids)
+        return found._replace(confidence_N=found.confidence_N.masked_fill(ends_N, DECIDED_LAST))
 
     def _chosen(self, rows_A: Tensor, confidence_AW: Tensor, masked_AW: Tensor) -> Tensor:
         """Which masked positions are committed: bool [A, W]."""

@@ -270,6 +270,17 @@ def test_a_quota_is_the_least_that_a_threshold_gives():
     assert filled.step_BT[0, 3:].bincount().tolist() == [3, 3, 3, 3]
 
 
+def test_positions_can_be_drawn():
+    """The first of three, over seeds, by the softmax of their confidence."""
+    model, count, alg_temp = Bag(scale=4.0), 2000, 0.3
+    canvas = canvas_of(masks(3)).rows(torch.zeros(count, dtype=torch.long))
+    params = UnmaskParams(99, order="maskgit_plus", alg_temp=alg_temp)
+    filled = unmask(model, canvas, params, torch.arange(count))
+    first = filled.step_BT[:, 3:].eq(0).long().argmax(1).bincount(minlength=3)
+    confidence = model.row(canvas.ids_BT[0])[3:].softmax(-1).amax(-1)
+    assert chi_square(first, (confidence.double() / alg_temp).softmax(0)) < 5
+
+
 # --- the end of a text
 
 
@@ -355,6 +366,13 @@ def test_decided_tokens_of_the_block_yield_to_surer_ones():
     assert edited.forwards_B.tolist() == [3]
     high = unmask(Fickle(), canvas, UnmaskParams(2, edit_threshold=0.9999), seeds(1))
     assert high.ids_BT[0].tolist() == plain.ids_BT[0].tolist()
+
+
+def test_end_tokens_that_wait_may_still_replace_others():
+    model = Fickle()
+    params = UnmaskParams(2, edit_threshold=0.9, eos_ids=(3,), eos_confidence=False)
+    filled = unmask(model, canvas_of([9, MASK, MASK, MASK, MASK]), params, seeds(1))
+    assert filled.ids_BT[0].tolist() == [9, 3, 3, 3, 3]
 
 
 class Restless(Bag):
