@@ -17,6 +17,7 @@ from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
 from rlalign.config.flow import FlowConfig, GuidanceConfig, ImageConfig, MixConfig
+from rlalign.config.likelihood import LikelihoodConfig
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 from rlalign.config.scored import ScoredConfig
 from rlalign.config.tree import DepthPruneConfig, TokenTreeConfig, TreeConfig
@@ -32,6 +33,7 @@ __all__ = [
     "GuidanceConfig",
     "ImageConfig",
     "KernelsConfig",
+    "LikelihoodConfig",
     "LoraConfig",
     "MismatchConfig",
     "MixConfig",

@@ -254,7 +254,7 @@ def test_a_leaf_without_a_score_takes_only_its_own_chain_along(folder, groups):
 
 def test_truncated_leaves_keep_their_reward_and_lose_their_chain(folder, groups):
     """All leaves but one are truncated; its path trains, with the values of all."""
-    config = make_config(folder, "algo.mask_truncated_completions=true")
+    config = make_config(folder, "algo.overlong.mask_truncated_completions=true")
     cut = [
         dataclasses.replace(
             group,
