@@ -11,8 +11,8 @@ backward alone:
     R >= mean_j (1 + d_j) A   for A >= 0   (e^u >= 1 + u)
     R >= mean_j exp(d_j) A    for A < 0    (Jensen)
 
-Value and gradient are those of R where the policy is the one that sampled (d = 0), that is, with one
-optimizer step per rollout. Further away each r_j = 1 + d_j or exp(d_j) is clipped as PPO's ratio is:
+Value and gradient are those of R where the policy is the one that sampled (d = 0), that is, with
+one optimizer step per rollout. Further away r_j = 1 + d_j or exp(d_j) is clipped as PPO's ratio is:
 
     g_j = min(r_j A, clip(r_j, 1 - epsilon, 1 + epsilon_high) A)
     loss = -1/|S| sum_i mean_j g_ij

@@ -11,17 +11,17 @@ log-prob of writing it so (LLaDA, arXiv 2502.09992; BGPO, arXiv 2510.11683). Wit
     count        l ~ U{1..L}, l of the tokens masked, weight L/l
     count_strat  the same, the n counts spread evenly over 1..L from a random start
     count_anti   pairs: the first l of a random order, and the last L + 1 - l of it
-    coupled      pairs: l ~ U{0..L} tokens, and all the others, weights (L + 1)/l and (L + 1)/(L - l)
+    coupled      pairs: l ~ U{0..L} tokens, and all others, weights (L + 1)/l and (L + 1)/(L - l)
 
-all have the mean B. Estimators of other things, for methods that use them: log-probs with everything
+all have the mean B. Estimators of other things, for methods that use them: log-probs with all
 masked (all_masked: d1, arXiv 2504.12216), those averaged with a pair of complements (complement:
 DiffuCoder, arXiv 2506.20639), masks as a sampler that goes block by block sees them (block_noise:
-SPG, arXiv 2510.09541), and the masks that the sampler really saw (trace: TraceRL, arXiv 2509.06949),
-for which the sum is the log-prob of its choices of tokens.
+SPG, arXiv 2510.09541), and the masks that the sampler really saw (trace: TraceRL, arXiv
+2509.06949), for which the sum is the log-prob of its choices of tokens.
 
 Everything is a function of a row's seed, on the CPU, so all processes draw the same masks.
 
-Legend: B rows, J passes, T tokens of a completion, P of a prompt, L of a completion that are scored.
+Legend: B rows, J passes, T tokens of a completion, P of a prompt, L scored ones of a completion.
 """
 
 from __future__ import annotations

@@ -8,7 +8,8 @@
 
 Gradient support of ppo_clip: zero iff (A > 0 and rho > 1 + epsilon_high), (A < 0 and
 rho < 1 - epsilon) or (A < 0 and rho > delta); elsewhere -A rho grad logp. That of cispo is never
-zero for A != 0; that of unclipped is -A rho grad logp everywhere. At rho = 1 all of them give -A grad logp.
+zero for A != 0; that of unclipped is -A rho grad logp everywhere. At rho = 1 all of them give
+-A grad logp.
 Sources: Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2020, arXiv 1912.09729 (dual
 clip); MiniMax 2025, arXiv 2506.13585 (CISPO).
 """

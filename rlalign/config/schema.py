@@ -15,6 +15,7 @@ from omegaconf import MISSING
 from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig, OverlongConfig
 from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
+from rlalign.config.diffusion import DiffusionConfig
 from rlalign.config.fields import option, section
 from rlalign.config.flow import FlowConfig, GuidanceConfig, ImageConfig, MixConfig
 from rlalign.config.likelihood import LikelihoodConfig
@@ -28,6 +29,7 @@ __all__ = [
     "Config",
     "CopgConfig",
     "DepthPruneConfig",
+    "DiffusionConfig",
     "FilterGroupsConfig",
     "FlowConfig",
     "GuidanceConfig",
