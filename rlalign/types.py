@@ -220,6 +220,7 @@ class TrainBatch:
     step_BT: torch.Tensor | None = None  # int64, as `Sample.steps`; -1: unknown
     masks: Masks | None = None  # with which log-probs are estimated; None: the model has them
     logp_old_BJT: torch.Tensor | None = None  # as `logp_old_BT`, under each of the masks
+    logp_ref_BJT: torch.Tensor | None = None  # the same by the reference model
 
     def __len__(self) -> int:
         return len(self.sequences)

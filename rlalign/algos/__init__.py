@@ -45,6 +45,7 @@ from rlalign.algos.registry import (
     pass_loss,
     policy_loss,
     resolve,
+    silent_without_advantage,
     slopes_need_values,
 )
 from rlalign.algos.sampling import DynamicSampler, SamplingExhausted, Selection, has_signal
@@ -108,6 +109,7 @@ __all__ = [
     "rollout_weights",
     "row_advantage",
     "row_weight",
+    "silent_without_advantage",
     "slopes_need_values",
     "tree_credit",
 ]

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from rlalign.algos.aggregate import depends_on_split
 from rlalign.algos.base import PRESET_FIELDS, Algorithm, PassLoss
 from rlalign.algos.checks import GROUP_BASELINES, check
 from rlalign.algos.elbo import combine
@@ -208,7 +209,14 @@ def couples_rows(cfg: AlgoConfig) -> bool:
 
 def needs_reference(cfg: AlgoConfig) -> bool:
     """Whether reference log-probs are needed at all."""
-    return bool(cfg.beta)
+    return bool(cfg.beta) and cfg.likelihood.kl_to != "old"
+
+
+def silent_without_advantage(cfg: AlgoConfig) -> bool:
+    """Whether a row of advantage 0 adds nothing to the gradient, whatever its log-probs."""
+    own_loss = get(cfg.loss_type).loss is not Algorithm.loss or couples_rows(cfg)
+    other_terms = cfg.entropy_coef > 0 or bool(cfg.beta)
+    return not (own_loss or other_terms or depends_on_split(cfg))
 
 
 def needs_old_logp(cfg: AlgoConfig) -> bool:

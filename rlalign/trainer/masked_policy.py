@@ -35,6 +35,18 @@ class Passes:
     target_M: Tensor
     cell_M: Tensor
 
+    def to(self, device: torch.device | str) -> Passes:
+        """With all that the model reads on `device`; `cell_M` stays."""
+        canvas = self.canvas
+        real_BT = None if canvas.real_BT is None else canvas.real_BT.to(device)
+        return Passes(
+            Canvas(canvas.ids_BT.to(device), real_BT),
+            self.row_M.to(device),
+            self.column_M.to(device),
+            self.target_M.to(device),
+            self.cell_M,
+        )
+
 
 class MaskedPolicy(nn.Module):
     """A `MaskedDiffusionLM` and, if asked for, a frozen reference: with LoRA the model with its

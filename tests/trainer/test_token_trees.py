@@ -304,7 +304,7 @@ def test_a_pruned_depth_does_not_train_and_the_window_follows_the_step(folder, g
 def test_minibatches_hold_whole_groups_and_share_the_loss_among_themselves(folder, groups):
     config = make_config(folder, "algo.num_minibatches=3")
     batch = prepared(groups, scores_of(groups), config, engine=NoForward())
-    parts = list(minibatches(batch, config, step=0))
+    parts = [rows for _, rows in minibatches(batch, config, step=0)]
     assert sorted(row for rows in parts for row in rows) == list(range(len(batch)))
     for rows in parts:
         minibatch = with_weights(batch.rows(rows), config)
