@@ -98,6 +98,7 @@ class MaskedTraining:
     `completion_length` tokens, without end."""
 
     completion_length: int
+    alphabet: str  # letters that texts are made of, each a token
     demonstrations: Callable[[int], Iterator[tuple[str, str]]]
     hidden: int = 64
     layers: int = 2
