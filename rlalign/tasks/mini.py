@@ -20,6 +20,7 @@ MINI_TASKS = {
     "chain": "rlalign.tasks.chain",
     "digits": "rlalign.tasks.digits",
     "sort6": "rlalign.tasks.sort6",
+    "sums": "rlalign.tasks.sums",
 }
 
 
