@@ -18,6 +18,7 @@ from rlalign.config.copg import CopgConfig
 from rlalign.config.diffusion import DiffusionConfig
 from rlalign.config.fields import option, section
 from rlalign.config.flow import FlowConfig, GuidanceConfig, ImageConfig, MixConfig
+from rlalign.config.likelihood import LikelihoodConfig
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 from rlalign.config.scored import ScoredConfig
 from rlalign.config.tree import DepthPruneConfig, TokenTreeConfig, TreeConfig
@@ -34,6 +35,7 @@ __all__ = [
     "GuidanceConfig",
     "ImageConfig",
     "KernelsConfig",
+    "LikelihoodConfig",
     "LoraConfig",
     "MismatchConfig",
     "MixConfig",
