@@ -35,6 +35,11 @@ class KV:
             return self
         return KV(tuple((key[:, :, :stop], value[:, :, :stop]) for key, value in self.layers))
 
+    def without(self, start: int, stop: int) -> KV:
+        """Those of all columns but `start` to `stop`."""
+        kept = [i for i in range(len(self)) if not start <= i < stop]
+        return KV(tuple((key[:, :, kept], value[:, :, kept]) for key, value in self.layers))
+
 
 def positions(real_BT: Tensor) -> Tensor:
     """Position [B, T] of each real token within its row; at padding, that of the token before."""

@@ -157,6 +157,16 @@ class MaskedDiffusionLM(nn.Module):
         states_BTD, _ = network.cached(canvas.ids_BT, canvas.real_BT, kv.columns(begin), end)
         return self._to_logits(_take(states_BTD, column_BT - begin))
 
+    def logits_within(self, canvas: Canvas, kv: KV, start: int, stop: int) -> Tensor:
+        """As `logits_cached`, but nothing outside of the columns is run: `kv` holds the whole
+        canvas. For full attention, where that is an approximation once a token changed."""
+        network = self._caching()
+        column_BT = self._sources(canvas)[:, start:stop]
+        begin = min(start, int(column_BT.min()))
+        others = kv.without(begin, stop)
+        states_BTD = network.within(canvas.ids_BT, canvas.real_BT, others, begin, stop)
+        return self._to_logits(_take(states_BTD, column_BT - begin)).detach()
+
     def attach_lora(self, config: LoraConfig, seed: int) -> None:
         """models/lora.py's, and the head follows. Raises ModelError as that does."""
         attach_lora(self.model, config, seed)

@@ -57,6 +57,31 @@ class Decoder:
             states = self._run(ids_BT, real_BT, len(kv), end, cache)
         return states, KV(tuple((layer.keys, layer.values) for layer in cast(Any, cache).layers))
 
+    @torch.no_grad()
+    def within(
+        self, ids_BT: Tensor, real_BT: Tensor | None, kv: KV, begin: int, end: int
+    ) -> Tensor:
+        """States [B, end - begin, D] of columns `begin` to `end`, with full attention; `kv` holds
+        all the other columns, in order."""
+        cache = DynamicCache()
+        for i, (key, value) in enumerate(kv.layers):
+            cache.update(key, value, i)
+        real = torch.ones_like(ids_BT[:1], dtype=torch.bool) if real_BT is None else real_BT
+        mask = None
+        if real_BT is not None:  # in the order of the keys: the others, then those that are run
+            keys_BT = torch.cat([real[:, :begin], real[:, end:], real[:, begin:end]], 1)
+            mask = self._in_models_form(visible(keys_BT, 0, len(kv), keys_BT.shape[1]))
+        with evaluating(self.model):
+            output = self.model.base_model(
+                input_ids=ids_BT[:, begin:end],
+                attention_mask=mask,
+                position_ids=positions(real)[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+                is_causal=False,
+            )
+        return output.last_hidden_state
+
     def _run(
         self,
         ids_BT: Tensor,
