@@ -50,9 +50,6 @@ def build_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
 def build_letter_tokenizer(alphabet: str, max_length: int = 512) -> PreTrainedTokenizerFast:
     """A fast tokenizer of pad, eos, mask and a token for each letter of `alphabet`; other letters
     are read as pad.
-
-    Tokens that no text has are not harmless in a small model: Adam moves their rows of the head as
-    far as any other, and completions that are pushed down push them up.
     """
     vocab = {token: i for i, token in enumerate((PAD, EOS, MASK, *alphabet))}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token=PAD))

@@ -1,7 +1,8 @@
 """`mini:sort6`: write six digits in ascending order, for a diffusion language model.
 
-The prompt is six digits from 0 to 7, the completion the same six sorted. Every place of the answer
-depends on the whole prompt and on every other place, so what is filled in parallel must agree.
+The prompt is six digits from 0 to 7 and an equals sign, the completion the same six sorted. Every place of the answer
+depends on the whole prompt and on every other place, so what is filled in parallel must agree. A
+model that knows positions by distance only (rotary) finds its place by the equals sign.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def make_rows(split: str, size: int = 2000, seed: int = 0) -> list[dict[str, Any
     """`size` rows (200 at most for "eval"), keyed by `seed`; no question of "eval" is in "train".
 
     >>> make_rows("train", size=1)  # doctest: +SKIP
-    [{'prompt': '417250', 'answer': '012457'}]
+    [{'prompt': '417250=', 'answer': '012457'}]
     """
     rng = random.Random(f"sort6/{seed}" if split == "train" else "sort6/eval")
     if split != "train":
@@ -30,7 +31,7 @@ def make_rows(split: str, size: int = 2000, seed: int = 0) -> list[dict[str, Any
     while len(rows) < size:
         question = _question(rng)
         if is_held_out(question) == (split != "train"):
-            rows.append({"prompt": question, "answer": solve(question)})
+            rows.append({"prompt": f"{question}=", "answer": solve(question)})
     return rows
 
 
@@ -43,8 +44,8 @@ def is_held_out(question: str) -> bool:
     return sum(int(digit) * (i + 3) for i, digit in enumerate(question)) % 8 == 0
 
 
-def is_correct(question: str, completion: str) -> bool:
-    return completion == solve(question)
+def is_correct(prompt: str, completion: str) -> bool:
+    return completion == solve(prompt.removesuffix("="))
 
 
 def demonstrations(seed: int) -> Iterator[tuple[str, str]]:
@@ -58,7 +59,7 @@ def demonstrations(seed: int) -> Iterator[tuple[str, str]]:
         if rng.random() < CORRUPTED:
             for place in rng.sample(range(NUM_DIGITS), rng.choice((1, 2))):
                 answer[place] = rng.choice(DIGITS)
-        yield question, "".join(answer)
+        yield f"{question}=", "".join(answer)
 
 
 def _question(rng: random.Random) -> str:
@@ -69,5 +70,5 @@ TASK = MaskedMiniTask(
     "sort6",
     make_rows,
     is_correct,
-    MaskedTraining(NUM_DIGITS, DIGITS, demonstrations),
+    MaskedTraining(NUM_DIGITS, DIGITS + "=", demonstrations),
 )

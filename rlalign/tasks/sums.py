@@ -1,6 +1,6 @@
 """`mini:sums`: running sums modulo ten, for a diffusion language model.
 
-The prompt is eight digits, the completion eight steps `+d=s` of four letters each: the next digit,
+The prompt is eight digits and an equals sign, the completion eight steps `+d=s` of four letters each: the next digit,
 and the sum so far modulo ten. Every sum builds on the one before, 32 tokens long, so an estimate of
 a completion's log-prob that rests on one mask is a poor one.
 """
@@ -24,7 +24,7 @@ def make_rows(split: str, size: int = 2000, seed: int = 0) -> list[dict[str, Any
     """`size` rows (200 at most for "eval"), keyed by `seed`; no question of "eval" is in "train".
 
     >>> make_rows("train", size=1)  # doctest: +SKIP
-    [{'prompt': '34812076', 'answer': '+3=3+4=7+8=5+1=6+2=8+0=8+7=5+6=1'}]
+    [{'prompt': '34812076=', 'answer': '+3=3+4=7+8=5+1=6+2=8+0=8+7=5+6=1'}]
     """
     rng = random.Random(f"sums/{seed}" if split == "train" else "sums/eval")
     if split != "train":
@@ -33,7 +33,7 @@ def make_rows(split: str, size: int = 2000, seed: int = 0) -> list[dict[str, Any
     while len(rows) < size:
         question = _question(rng)
         if is_held_out(question) == (split != "train"):
-            rows.append({"prompt": question, "answer": solve(question)})
+            rows.append({"prompt": f"{question}=", "answer": solve(question)})
     return rows
 
 
@@ -51,8 +51,8 @@ def is_held_out(question: str) -> bool:
     return sum(int(digit) * (2 * i + 1) for i, digit in enumerate(question)) % 8 == 0
 
 
-def is_correct(question: str, completion: str) -> bool:
-    return completion == solve(question)
+def is_correct(prompt: str, completion: str) -> bool:
+    return completion == solve(prompt.removesuffix("="))
 
 
 def demonstrations(seed: int) -> Iterator[tuple[str, str]]:
@@ -62,12 +62,14 @@ def demonstrations(seed: int) -> Iterator[tuple[str, str]]:
     while True:
         question = _question(rng)
         if not is_held_out(question):
-            yield question, solve(question, slips)
+            yield f"{question}=", solve(question, slips)
 
 
 def steps_right(completions: list[Any], prompt: list[Any], **_: Any) -> list[float]:
     """A reward: the share of steps that have the right digit and follow from the one before."""
-    return [_share(text, question) for text, question in zip(completions, prompt, strict=True)]
+    return [
+        _share(text, line.removesuffix("=")) for text, line in zip(completions, prompt, strict=True)
+    ]
 
 
 def _share(text: str, question: str) -> float:
