@@ -1,8 +1,9 @@
 """`mini:sort6`: write six digits in ascending order, for a diffusion language model.
 
-The prompt is six digits from 0 to 7 and an equals sign, the completion the same six sorted. Every place of the answer
-depends on the whole prompt and on every other place, so what is filled in parallel must agree. A
-model that knows positions by distance only (rotary) finds its place by the equals sign.
+The prompt is six digits from 0 to 7 and an equals sign, the completion the same six sorted. Every
+place of the answer depends on the whole prompt and on every other place, so what is filled in
+parallel must agree. A model that knows positions by distance only (rotary) finds its place by the
+equals sign.
 """
 
 from __future__ import annotations
