@@ -1,8 +1,8 @@
 """`mini:sums`: running sums modulo ten, for a diffusion language model.
 
-The prompt is eight digits and an equals sign, the completion eight steps `+d=s` of four letters each: the next digit,
-and the sum so far modulo ten. Every sum builds on the one before, 32 tokens long, so an estimate of
-a completion's log-prob that rests on one mask is a poor one.
+The prompt is eight digits and an equals sign, the completion eight steps `+d=s` of four letters
+each: the next digit, and the sum so far modulo ten. Every sum builds on the one before, 32 tokens
+long, so an estimate of a completion's log-prob that rests on one mask is a poor one.
 """
 
 from __future__ import annotations
