@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 
 from rlalign.models.masked_diffusion import Canvas, MaskedModel
+from rlalign.rollout.engine import SamplingParams
+from rlalign.rollout.sampling import sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,4 +51,60 @@ def unmask(
 ) -> Unmasked:
     """Fill every masked, real position of `canvas`; `seed_B` are int64. A row without a mask costs
     nothing and comes back as it is."""
-    raise NotImplementedError
+    ids_BT = canvas.ids_BT.clone()
+    masked_BT = ids_BT == model.mask_id
+    if canvas.real_BT is not None:
+        masked_BT &= canvas.real_BT
+    out = Unmasked(
+        ids_BT,
+        torch.where(masked_BT, 0, -1),
+        torch.zeros(ids_BT.shape, device=ids_BT.device),
+        torch.zeros(ids_BT.shape, device=ids_BT.device),
+        torch.zeros(len(ids_BT), dtype=torch.int64, device=ids_BT.device),
+    )
+    length = ids_BT.shape[1]
+    for start in range(0, length, params.block_size or length):
+        stop = min(start + (params.block_size or length), length)
+        for left in range(params.steps, 0, -1):
+            row_N = masked_BT[:, start:stop].any(1).nonzero()[:, 0]
+            if len(row_N):
+                _step(model, canvas, params, seed_B, out, masked_BT, row_N, (start, stop), left)
+    return out
+
+
+def _step(
+    model: MaskedModel,
+    canvas: Canvas,
+    params: UnmaskParams,
+    seed_B: Tensor,
+    out: Unmasked,
+    masked_BT: Tensor,
+    row_N: Tensor,
+    block: tuple[int, int],
+    left: int,
+) -> None:
+    """One step of rows `row_N`, in place: ceil(masked / steps left) positions of the block each."""
+    start, stop = block
+    logits_NLV = model.logits(canvas.with_ids(out.ids_BT).rows(row_N), start, stop)
+    step_N = out.forwards_B[row_N]
+    place_L = torch.arange(start, stop, device=row_N.device)
+    count_NL = step_N[:, None] * masked_BT.shape[1] + place_L
+    token, logp = sample(
+        logits_NLV.flatten(0, 1),
+        seed_B[row_N].repeat_interleave(stop - start),
+        count_NL.flatten(),
+        SamplingParams(1, temperature=params.temperature),
+    )
+    token_NL, logp_NL = token.view(count_NL.shape), logp.view(count_NL.shape)
+    masked_NL = masked_BT[row_N, start:stop]
+    sure_NL = logp_NL.exp().masked_fill(~masked_NL, -1)
+    num_N1 = -(-masked_NL.sum(1, keepdim=True) // left)
+    rank_NL = sure_NL.argsort(dim=1, descending=True, stable=True).argsort(1)
+    row_M, column_M = (masked_NL & (rank_NL < num_N1)).nonzero(as_tuple=True)
+    at = row_N[row_M], column_M + start
+    out.ids_BT[at] = token_NL[row_M, column_M]
+    out.step_BT[at] = step_N[row_M]
+    out.logp_BT[at] = logp_NL[row_M, column_M]
+    out.confidence_BT[at] = sure_NL[row_M, column_M]
+    masked_BT[at] = False
+    out.forwards_B[row_N] += 1
