@@ -98,9 +98,9 @@ def _shape(recipe: SudokuRecipe) -> GPT2Config:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
-        is_causal=False,
         bos_token_id=None,
         eos_token_id=None,
+        **{"is_causal": False},  # which transformers reads from any config
     )
 
 

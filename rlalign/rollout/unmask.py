@@ -46,9 +46,7 @@ class Unmasked:
 
 
 @torch.no_grad()
-def unmask(
-    model: MaskedModel, canvas: Canvas, params: UnmaskParams, seed_B: Tensor
-) -> Unmasked:
+def unmask(model: MaskedModel, canvas: Canvas, params: UnmaskParams, seed_B: Tensor) -> Unmasked:
     """Fill every masked, real position of `canvas`; `seed_B` are int64. A row without a mask costs
     nothing and comes back as it is."""
     ids_BT = canvas.ids_BT.clone()
