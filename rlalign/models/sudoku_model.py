@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from rlalign.models.building import (
     Progress,
@@ -73,7 +73,7 @@ def train_sudoku(
     grids_NT, _ = split_grids()
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskedDiffusionLM(GPT2LMHeadModel(_shape(recipe)), BLANK)
+        model = MaskedDiffusionLM(AutoModelForCausalLM.from_config(_shape(recipe)), BLANK)
         optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, fused=True)
         for step in range(recipe.steps):
             for group in optimizer.param_groups:
@@ -86,10 +86,11 @@ def train_sudoku(
     return model.eval()
 
 
-def _shape(recipe: SudokuRecipe) -> GPT2Config:
+def _shape(recipe: SudokuRecipe) -> PreTrainedConfig:
     # GPT-2 has learned absolute positions; with rotary ones, which are relative, a cell finds out
     # only slowly where in the grid it lies
-    return GPT2Config(
+    return AutoConfig.for_model(
+        "gpt2",
         vocab_size=NUM_DIGITS + 1,
         n_embd=recipe.hidden,
         n_layer=recipe.layers,
@@ -100,7 +101,7 @@ def _shape(recipe: SudokuRecipe) -> GPT2Config:
         attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=None,
-        **{"is_causal": False},  # which transformers reads from any config
+        is_causal=False,
     )
 
 
