@@ -35,7 +35,7 @@ def load_config(source: str | Path | Mapping[str, Any], overrides: Sequence[str]
     from rlalign.trainer.checks import check_config
 
     config = parse_config(source, overrides)
-    shared = config.rollout.engine in ("hf", "none", "flow")
+    shared = config.rollout.engine in ("hf", "none", "flow", "masked_diffusion")
     config.algo = algos.resolve(config.algo, engine_shares_parameters=shared)
     config.rollout.flow = resolve_flow(config.rollout.flow, config.algo.tree.compat)
     check_config(config)

@@ -60,6 +60,7 @@ class Sample:
     policy's log-probs of those tokens at the sampling temperature (same length). `spans` say which
     policy version made which tokens and add up to the same length. A completion that the data
     brought along (`source_id` above 0) has zeros for `logp`, which nobody knows, and no spans.
+    `steps` are given where a sampler decides tokens in an order of its own (masked diffusion).
 
     >>> Sample("gsm8k/17", 0, (5, 1), (-0.1, -0.02), "stop", (VersionSpan(2, 12),), text="4")
     """
@@ -73,6 +74,7 @@ class Sample:
     text: str = ""
     parent: str | None = None  # id of the node this sample continues, for trees
     source_id: int = 0  # 0: sampled in this run; from 1 on: which source of the data wrote it
+    steps: tuple[int, ...] = ()  # the sampler's step that decided each token; same length, or none
 
 
 ROOT, POLICY, ENV, ODE = range(4)  # what led into a node of a tree; only POLICY has a log-prob
@@ -145,6 +147,39 @@ class Scores:
     errors: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Masks:
+    """Under which masks a diffusion language model's log-probs are taken: J forward passes of each
+    of B completions, and what a token's log-prob then counts in the estimate (0: it is not scored,
+    and a pass without a scored token is not run). How they are drawn: algos/elbo.py.
+
+    >>> # two passes over three tokens that mask one and two of them, the estimator `count`:
+    >>> # hidden_BJT=[[[0, 1, 0], [1, 0, 1]]], weight_BJT=[[[0, 1.5, 0], [.75, 0, .75]]]
+    """
+
+    hidden_BJT: torch.Tensor  # bool: the model sees a mask there
+    weight_BJT: torch.Tensor  # float32
+    prompt_hidden_BJP: torch.Tensor | None = None  # bool, from the first token; None: no prompt is
+
+    def rows(self, index: torch.Tensor, width: int) -> Masks:
+        """Those of rows `index`, cut to `width` tokens."""
+        prompt_BJP = self.prompt_hidden_BJP
+        return Masks(
+            self.hidden_BJT[index][..., :width],
+            self.weight_BJT[index][..., :width],
+            None if prompt_BJP is None else prompt_BJP[index],
+        )
+
+    def passes(self, start: int, stop: int) -> Masks:
+        """Passes `start` to `stop` of every row."""
+        prompt_BJP = self.prompt_hidden_BJP
+        return Masks(
+            self.hidden_BJT[:, start:stop],
+            self.weight_BJT[:, start:stop],
+            None if prompt_BJP is None else prompt_BJP[:, start:stop],
+        )
+
+
 @dataclass(frozen=True, slots=True)
 class TrainBatch:
     """The sequences of one optimizer step, or any subset of their rows.
@@ -182,6 +217,10 @@ class TrainBatch:
     source_id_B: torch.Tensor | None = None  # int64, as in Sample; None: all sampled in this run
     tree: Tree | None = None  # of all groups, whichever rows there are; None: no trees
     node_BT: torch.Tensor | None = None  # int64, the node of `tree` a token belongs to; -1: none
+    step_BT: torch.Tensor | None = None  # int64, as `Sample.steps`; -1: unknown
+    masks: Masks | None = None  # with which log-probs are estimated; None: the model has them
+    logp_old_BJT: torch.Tensor | None = None  # as `logp_old_BT`, under each of the masks
+    logp_ref_BJT: torch.Tensor | None = None  # the same by the reference model
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -190,7 +229,7 @@ class TrainBatch:
         return dataclasses.replace(self, **changes)
 
     def to(self, device: torch.device | str) -> TrainBatch:
-        """The batch with every tensor on `device`."""
+        """The batch with every tensor on `device`, but those of `tree` and `masks`."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         tensors = {k: v.to(device) for k, v in values.items() if isinstance(v, torch.Tensor)}
         return dataclasses.replace(self, **tensors)
@@ -202,8 +241,10 @@ class TrainBatch:
         width = int(self.completion_len_B[at].max()) if len(at) else 0
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         chosen: dict[str, Any] = {
-            name: tensor[at][:, :width] if name.endswith("_BT") else tensor[at]
+            name: tensor[at][..., :width] if name.endswith("T") else tensor[at]
             for name, tensor in values.items()
             if isinstance(tensor, torch.Tensor)
         }
+        if self.masks is not None:
+            chosen["masks"] = self.masks.rows(at, width)
         return self.replace(sequences=tuple(self.sequences[i] for i in at.tolist()), **chosen)

@@ -17,22 +17,36 @@ from rlalign.algos.allocator import (
 )
 from rlalign.algos.base import Algorithm
 from rlalign.algos.branch_grpo import TreeCredit, explained_variance, tree_credit
+from rlalign.algos.elbo import (
+    combine,
+    estimate_metrics,
+    num_passes,
+    pass_estimates,
+    ratio_divisor,
+    row_advantage,
+    row_weight,
+)
 from rlalign.algos.errors import AlgoError, AlgoWarning
 from rlalign.algos.kl import estimate_kl, reward_kl
 from rlalign.algos.loss import LossOutput
+from rlalign.algos.masking import draw_masks
 from rlalign.algos.metrics import finalize_metrics, merge_metrics
 from rlalign.algos.mismatch import rollout_weights
 from rlalign.algos.registry import (
     compute_advantages,
     couples_rows,
+    estimate_loss,
     expansion,
     get,
     names,
     needs_old_logp,
     needs_reference,
     needs_rollout_weights,
+    pass_loss,
     policy_loss,
     resolve,
+    silent_without_advantage,
+    slopes_need_values,
 )
 from rlalign.algos.sampling import DynamicSampler, SamplingExhausted, Selection, has_signal
 from rlalign.algos.shaping import (
@@ -59,11 +73,15 @@ __all__ = [
     "aggregation_weights",
     "allocate",
     "attach_weights",
+    "combine",
     "compute_advantages",
     "couples_rows",
     "depends_on_split",
+    "draw_masks",
     "edge_weights",
     "estimate_kl",
+    "estimate_loss",
+    "estimate_metrics",
     "expansion",
     "explained_variance",
     "finalize_metrics",
@@ -78,12 +96,20 @@ __all__ = [
     "needs_reference",
     "needs_rollout_weights",
     "normalize_then_sum",
+    "num_passes",
     "overlong_penalty",
+    "pass_estimates",
+    "pass_loss",
     "pilot_weight",
     "policy_loss",
+    "ratio_divisor",
     "resolve",
     "reward_kl",
     "reward_metrics",
     "rollout_weights",
+    "row_advantage",
+    "row_weight",
+    "silent_without_advantage",
+    "slopes_need_values",
     "tree_credit",
 ]

@@ -65,6 +65,23 @@ class Loss(Protocol):
     ) -> LossOutput: ...
 
 
+class PassLoss(Protocol):
+    """The loss of single passes of a diffusion language model, where it is a sum over them: see
+    bgpo.pass_loss."""
+
+    def __call__(
+        self, change_M: Tensor, advantage_M: Tensor, weight_M: Tensor, cfg: AlgoConfig
+    ) -> LossOutput: ...
+
+
+class EstimateLoss(Protocol):
+    """The loss of the log-probs under every mask: see elbo.py and bgpo.exact_loss."""
+
+    def __call__(
+        self, logp_BJT: Tensor, batch: TrainBatch, cfg: AlgoConfig, max_completion_length: int
+    ) -> LossOutput: ...
+
+
 @dataclass(frozen=True)
 class Algorithm:
     """A registered algorithm.
@@ -85,8 +102,16 @@ class Algorithm:
     couples_rows: bool = False  # a row's loss depends on the current log-probs of its whole group
     allocator: str = "uniform"  # how many samples each prompt gets: algos/allocate.py
     tree: Mapping[str, Any] = field(default_factory=dict)  # what `algo.tree` leaves open
+    likelihood: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # what `algo.likelihood` leaves open
     credit: Credit = compute_advantages
     loss: Loss = policy_loss
+    pass_loss: PassLoss | None = None
+    estimate_loss: EstimateLoss | None = None
+    slopes_at_one: bool = (
+        True  # `estimate_loss` has slopes that no value enters while the ratio is 1
+    )
 
     def __post_init__(self) -> None:
         unknown = sorted(set(self.defaults) - set(PRESET_FIELDS))

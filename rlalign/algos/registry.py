@@ -18,15 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from rlalign.algos.base import PRESET_FIELDS, Algorithm
+from rlalign.algos.aggregate import depends_on_split
+from rlalign.algos.base import PRESET_FIELDS, Algorithm, PassLoss
 from rlalign.algos.checks import GROUP_BASELINES, check
+from rlalign.algos.elbo import combine
 from rlalign.algos.errors import AlgoError
 from rlalign.algos.kl import ALIASES
 from rlalign.algos.loss import LossOutput, corrects
 from rlalign.types import TrainBatch
 
 if TYPE_CHECKING:
-    from rlalign.config.schema import AlgoConfig, AllocationConfig, MismatchConfig, TreeConfig
+    from rlalign.config.schema import (
+        AlgoConfig,
+        AllocationConfig,
+        LikelihoodConfig,
+        MismatchConfig,
+        TreeConfig,
+    )
 
 SHARED_DEFAULTS: Mapping[str, Any] = {
     "adv_estimator": "grpo",
@@ -54,6 +62,7 @@ DEPENDENT_DEFAULTS: Mapping[str, Mapping[Any, Mapping[str, Any]]] = {
         "ppo_clip": {"epsilon": 0.2, "epsilon_high": None, "delta": None},
         "cispo": {"epsilon": None, "epsilon_high": 4.0, "delta": None},
         "reinforce": {"epsilon": None, "epsilon_high": None, "delta": None},
+        "unclipped": {"epsilon": None, "epsilon_high": None, "delta": None},
     },
     "kl_in": {"loss": {"kl_estimator": "k3"}, "reward": {"kl_estimator": "k1"}},
 }
@@ -65,6 +74,13 @@ TREE_DEFAULTS: Mapping[str, Any] = {
     "scope": "tree",
     "weight": "depth_mean",
     "drop_zero": False,
+}
+LIKELIHOOD_DEFAULTS: Mapping[str, Any] = {
+    "estimator": "count_strat",
+    "num_mc_samples": 16,
+    "prompt_mask_prob": 0.0,
+    "fresh_masks": False,
+    "kl_to": "reference",
 }
 TREE_COMPAT: Mapping[str, Mapping[str, Any]] = {
     "rlalign": {},
@@ -128,6 +144,7 @@ def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) ->
         "mismatch": _resolve_mismatch(cfg.mismatch, engine_shares_parameters),
         "allocation": _resolve_allocation(cfg, algorithm, filled["adv_estimator"]),
         "tree": _resolve_tree(cfg.tree, algorithm),
+        "likelihood": _resolve_likelihood(cfg.likelihood, algorithm, filled["policy_loss"]),
     }
     resolved = dataclasses.replace(cfg, **filled, **sections)
     check(resolved)
@@ -154,6 +171,37 @@ def policy_loss(
     return get(cfg.loss_type).loss(logp_BT, batch, cfg, entropy_BT=entropy_BT)
 
 
+def estimate_loss(
+    logp_BJT: Tensor, batch: TrainBatch, cfg: AlgoConfig, max_completion_length: int
+) -> LossOutput:
+    """Loss and metrics of log-probs under `batch.masks` (elbo.py), as the configured algorithm
+    defines them: its own, or the one for log-probs, of their estimates."""
+    algorithm = get(cfg.loss_type)
+    if algorithm.estimate_loss is not None:
+        return algorithm.estimate_loss(logp_BJT, batch, cfg, max_completion_length)
+    assert batch.masks is not None
+    if batch.logp_old_BJT is not None:
+        batch = batch.replace(logp_old_BT=combine(batch.logp_old_BJT, batch.masks))
+    output = algorithm.loss(combine(logp_BJT, batch.masks), batch, cfg)
+    if cfg.likelihood.estimator == "trace":  # the one that estimates what the sampler reported
+        return output
+    kept = {k: v for k, v in output.metrics.items() if not k.startswith("sampling/")}
+    return LossOutput(output.loss, kept)
+
+
+def pass_loss(cfg: AlgoConfig) -> PassLoss | None:
+    """The loss of single passes, where it is a sum over them."""
+    return None if cfg.likelihood.surrogate == "exact" else get(cfg.loss_type).pass_loss
+
+
+def slopes_need_values(batch: TrainBatch, cfg: AlgoConfig) -> bool:
+    """Whether the slopes of `estimate_loss` depend on the log-probs: not while the policy is the
+    one that sampled, where every ratio is 1 with slope 1."""
+    own = get(cfg.loss_type)
+    ratios_only = own.loss is Algorithm.loss and not own.couples_rows and own.slopes_at_one
+    return batch.logp_old_BJT is not None or bool(cfg.beta) or not ratios_only
+
+
 def couples_rows(cfg: AlgoConfig) -> bool:
     """Whether a row's loss depends on the current log-probs of its whole group."""
     return get(cfg.loss_type).couples_rows
@@ -161,7 +209,14 @@ def couples_rows(cfg: AlgoConfig) -> bool:
 
 def needs_reference(cfg: AlgoConfig) -> bool:
     """Whether reference log-probs are needed at all."""
-    return bool(cfg.beta)
+    return bool(cfg.beta) and cfg.likelihood.kl_to != "old"
+
+
+def silent_without_advantage(cfg: AlgoConfig) -> bool:
+    """Whether a row of advantage 0 adds nothing to the gradient, whatever its log-probs."""
+    own_loss = get(cfg.loss_type).loss is not Algorithm.loss or couples_rows(cfg)
+    other_terms = cfg.entropy_coef > 0 or bool(cfg.beta)
+    return not (own_loss or other_terms or depends_on_split(cfg))
 
 
 def needs_old_logp(cfg: AlgoConfig) -> bool:
@@ -252,6 +307,15 @@ def _tree_preset(algorithm: Algorithm, compat: str = "rlalign") -> dict[str, Any
 
 def _resolve_tree(given: TreeConfig, algorithm: Algorithm) -> TreeConfig:
     preset = _tree_preset(algorithm, given.compat)
+    open_ = {name: value for name, value in preset.items() if getattr(given, name) is None}
+    return dataclasses.replace(given, **open_)
+
+
+def _resolve_likelihood(
+    given: LikelihoodConfig, algorithm: Algorithm, policy_loss: str
+) -> LikelihoodConfig:
+    preset = {**LIKELIHOOD_DEFAULTS, **algorithm.likelihood}
+    preset.setdefault("norm", "valid" if policy_loss == "ppo_clip" else "none")
     open_ = {name: value for name, value in preset.items() if getattr(given, name) is None}
     return dataclasses.replace(given, **open_)
 

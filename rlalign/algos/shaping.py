@@ -47,7 +47,7 @@ def gradient_mask(
     Truncated means finish reason "length", not "the last token is not end-of-sequence"; such rows
     keep their reward in the statistics."""
     keep_B = reward_B.isfinite()
-    if cfg.mask_truncated_completions or cfg.adv_estimator == "raft":
+    if cfg.overlong.mask_truncated_completions or cfg.adv_estimator == "raft":
         keep_B = keep_B & ~truncated_B.bool()
     return mask_BT * keep_B[:, None].to(mask_BT.dtype)
 

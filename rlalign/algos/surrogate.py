@@ -4,10 +4,12 @@
                and with delta, for A < 0: l = min(l, -delta A)            (dual clip)
     cispo      l = -sg[clip(rho, lo, 1 + epsilon_high)] A logp, lo = 1 - epsilon or 0
     reinforce  l = -A logp
+    unclipped  l = -rho A
 
 Gradient support of ppo_clip: zero iff (A > 0 and rho > 1 + epsilon_high), (A < 0 and
 rho < 1 - epsilon) or (A < 0 and rho > delta); elsewhere -A rho grad logp. That of cispo is never
-zero for A != 0. At rho = 1 all three give -A grad logp.
+zero for A != 0; that of unclipped is -A rho grad logp everywhere. At rho = 1 all of them give
+-A grad logp.
 Sources: Schulman et al. 2017, arXiv 1707.06347, eq. 7; Ye et al. 2020, arXiv 1912.09729 (dual
 clip); MiniMax 2025, arXiv 2506.13585 (CISPO).
 """
@@ -85,8 +87,15 @@ def _reinforce(
     return -advantage_BT * logp_BT, {}
 
 
+def _unclipped(
+    ratio: Tensor, advantage_BT: Tensor, logp_BT: Tensor, cfg: AlgoConfig
+) -> tuple[Tensor, Clipped]:
+    return -ratio * advantage_BT, {}
+
+
 SURROGATES: Mapping[str, Callable[[Tensor, Tensor, Tensor, AlgoConfig], tuple[Tensor, Clipped]]] = {
     "ppo_clip": _ppo_clip,
     "cispo": _cispo,
     "reinforce": _reinforce,
+    "unclipped": _unclipped,
 }

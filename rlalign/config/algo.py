@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
 from rlalign.config.fields import option, section
+from rlalign.config.likelihood import LikelihoodConfig
 from rlalign.config.tree import TreeConfig
 
 
 @dataclass
 class OverlongConfig:
-    """Soft overlong punishment (DAPO)."""
+    """Completions that reach the limit: soft punishment, or no gradient (DAPO)."""
 
     buffer_len: int = option(
         0, "It starts this many tokens before the limit; 0 switches it off.", ge=0
     )
     penalty_factor: float = option(1.0, "Largest punishment.", ge=0)
+    mask_truncated_completions: bool = option(
+        False, "Truncated completions keep their reward, lose their gradient."
+    )
 
 
 @dataclass
@@ -98,7 +102,7 @@ class AlgoConfig:
     policy_loss: str | None = option(
         None,
         "Surrogate that takes ratio and advantage.",
-        choices=("ppo_clip", "cispo", "reinforce"),
+        choices=("ppo_clip", "cispo", "reinforce", "unclipped"),
     )
     epsilon: float | None = option(
         None, "Lower clip: ratios below 1-epsilon. Under cispo, unset means no lower bound.", ge=0
@@ -139,16 +143,16 @@ class AlgoConfig:
     use_bias_correction_kl: bool = option(
         False, "Multiply the KL by the policy ratio: exact off-policy."
     )
-    mask_truncated_completions: bool = option(
-        False, "Truncated completions keep their reward, lose their gradient."
-    )
     num_generations: int = option(8, "Samples per prompt (group size).", ge=1)
     num_iterations: int = option(1, "Passes over one rollout batch.", ge=1)
     num_minibatches: int = option(1, "Optimizer steps per pass.", ge=1)
     entropy_coef: float = option(0.0, "Entropy bonus.", ge=0)
-    overlong: OverlongConfig = section(OverlongConfig, "Soft punishment of long completions.")
+    overlong: OverlongConfig = section(OverlongConfig, "Completions that reach the limit.")
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig, "Dynamic sampling.")
     copg: CopgConfig = section(CopgConfig, "Contrastive policy gradient.")
     allocation: AllocationConfig = section(AllocationConfig, "Which samples, and how many.")
+    likelihood: LikelihoodConfig = section(
+        LikelihoodConfig, "Log-probs of a diffusion language model."
+    )
     mismatch: MismatchConfig = section(MismatchConfig, "Engine/trainer correction.")
     tree: TreeConfig = section(TreeConfig, "Credit in a tree (BranchGRPO, TreeRL, ...).")

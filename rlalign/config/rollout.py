@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from rlalign.config.diffusion import DiffusionConfig
 from rlalign.config.fields import option, section
 from rlalign.config.flow import FlowConfig
 from rlalign.config.tree import TokenTreeConfig
@@ -111,8 +112,9 @@ class RolloutConfig:
     engine: str = option(
         "vllm",
         "hf shares the trainer's parameters; vllm runs beside it; server: see `rlalign serve`; "
-        "none: nothing is sampled, with task.completions=dataset; flow: images of a flow model.",
-        choices=("hf", "vllm", "server", "none", "flow"),
+        "none: nothing is sampled, with task.completions=dataset; flow: images of a flow model; "
+        "masked_diffusion: a diffusion language model, sampled by the trainer's own parameters.",
+        choices=("hf", "vllm", "server", "none", "flow", "masked_diffusion"),
     )
     max_completion_length: int = option(256, "Longest completion, tokens.", ge=1)
     temperature: float = option(
@@ -145,3 +147,6 @@ class RolloutConfig:
     server: ServerConfig = section(ServerConfig, "The rollout server to use.")
     tree: TokenTreeConfig = section(TokenTreeConfig, "Trees of tokens in place of flat samples.")
     flow: FlowConfig = section(FlowConfig, "The sampler of a flow model.")
+    diffusion: DiffusionConfig = section(
+        DiffusionConfig, "The sampler of a diffusion language model."
+    )

@@ -15,8 +15,10 @@ from omegaconf import MISSING
 from rlalign.config.algo import AlgoConfig, FilterGroupsConfig, MismatchConfig, OverlongConfig
 from rlalign.config.allocation import AllocationConfig
 from rlalign.config.copg import CopgConfig
+from rlalign.config.diffusion import DiffusionConfig
 from rlalign.config.fields import option, section
 from rlalign.config.flow import FlowConfig, GuidanceConfig, ImageConfig, MixConfig
+from rlalign.config.likelihood import LikelihoodConfig
 from rlalign.config.rollout import RolloutConfig, ServeConfig, ServerConfig, VllmConfig
 from rlalign.config.scored import ScoredConfig
 from rlalign.config.tree import DepthPruneConfig, TokenTreeConfig, TreeConfig
@@ -27,11 +29,13 @@ __all__ = [
     "Config",
     "CopgConfig",
     "DepthPruneConfig",
+    "DiffusionConfig",
     "FilterGroupsConfig",
     "FlowConfig",
     "GuidanceConfig",
     "ImageConfig",
     "KernelsConfig",
+    "LikelihoodConfig",
     "LoraConfig",
     "MismatchConfig",
     "MixConfig",

@@ -7,7 +7,7 @@ them at least once in four tries, so groups of samples carry signal and there is
 
 The weights are a function of (task, seed) on one thread of one kind of machine, and kept in the
 cache of models/building.py; a changed recipe gets another folder. A flow model, `mini:digits`, is
-built the same way by models/digits.py.
+built the same way by models/digits.py, a diffusion language model by models/mini_masked.py.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from rlalign.models.building import Progress, build_once, digest_of, reporting, write_start
 from rlalign.models.tokenizer import build_tokenizer
 from rlalign.models.warm_start import greedy_accuracy, warm_start
-from rlalign.tasks.mini import MiniFlowTask, MiniTask, get_mini_task
+from rlalign.tasks.mini import MaskedMiniTask, MiniFlowTask, MiniTask, get_mini_task
 
 NUM_FINGERPRINT = 64  # demonstrations of each phase that enter the digest of a recipe
 
@@ -40,6 +40,11 @@ def build_mini(
         from rlalign.models.digits import build_digits  # it needs scikit-learn
 
         return build_digits(recipe, seed, cache_dir, progress)
+
+    if isinstance(recipe, MaskedMiniTask):
+        from rlalign.models.mini_masked import build_masked
+
+        return build_masked(recipe, seed, cache_dir, progress)
 
     def write(folder: Path) -> None:
         _write_model(recipe, seed, folder, progress)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-PAD, EOS = "<pad>", "<eos>"
+PAD, EOS, MASK = "<pad>", "<eos>", "<mask>"
 TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['content'] }}"
@@ -21,8 +21,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
-    """A fast tokenizer of 262 tokens: pad, eos, 4 tags, 256 bytes.
+def build_tokenizer(max_length: int = 512, *, mask: bool = False) -> PreTrainedTokenizerFast:
+    """A fast tokenizer of 262 tokens: pad, eos, 4 tags, 256 bytes; and with `mask` a mask token.
 
     It is byte-level BPE, and names an unknown token it never emits, because transformers loads the
     tokenizer of any Qwen2 folder as `Qwen2Tokenizer`, which imposes the one and adds the other.
@@ -35,12 +35,15 @@ def build_tokenizer(max_length: int = 512) -> PreTrainedTokenizerFast:
     tokenizer.add_special_tokens(
         [AddedToken(token, special=True, normalized=False) for token in (PAD, EOS)]
     )
+    if mask:
+        tokenizer.add_special_tokens([AddedToken(MASK, special=True, normalized=False)])
     tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in TAGS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD,
         eos_token=EOS,
         unk_token=PAD,
+        mask_token=MASK if mask else None,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
         model_max_length=max_length,

@@ -3,6 +3,7 @@
     completion   seed = blake2b(key = run seed; index, step, prompt id) mod 2^63
     noise        key  = blake2b(key = run seed, person "flow-noise"; tree, iteration, time, prompt
                                 id), 128 bits
+    masks        seed = as a completion's, person "masks"; index, step, iteration, prompt id
     segment      seed = as a completion's, person "segment"; its name in the tree, tree, step, id
 
 So a sample can be drawn again alone, on another engine or after a resume, and comes out the same.
@@ -26,6 +27,13 @@ def noise_key(seed: int, prompt_id: str, tree: int, iteration: int, time: int) -
     denoising step `time` of training iteration `iteration`. OverflowError as for `sample_seed`."""
     digest = _digest(16, seed, (tree, iteration, time), prompt_id, person=b"flow-noise")
     return int.from_bytes(digest, "little")
+
+
+def mask_seed(seed: int, prompt_id: str, index: int, step: int, iteration: int) -> int:
+    """The seed, in [0, 2^63), of the masks under which a sample's log-prob is estimated in pass
+    `iteration` over the batch of `step`."""
+    digest = _digest(8, seed, (index, step, iteration), prompt_id, person=b"masks")
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _digest(

@@ -2,7 +2,8 @@
 
 A mini task is one module here that defines `TASK`, and one line in `MINI_TASKS`. The rows and the
 demonstrations are plain functions of a seed; `models/mini.py` turns the recipe into weights.
-`MiniTask` is for language models, `MiniFlowTask` for flow models.
+`MiniTask` is for language models, `MiniFlowTask` for flow models, `MaskedMiniTask` for diffusion
+language models.
 """
 
 from __future__ import annotations
@@ -15,7 +16,11 @@ from typing import Any
 from rlalign.tasks.errors import TaskError
 from rlalign.tasks.source import Source, numbered
 
-MINI_TASKS = {"chain": "rlalign.tasks.chain", "digits": "rlalign.tasks.digits"}
+MINI_TASKS = {
+    "chain": "rlalign.tasks.chain",
+    "digits": "rlalign.tasks.digits",
+    "sort6": "rlalign.tasks.sort6",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +91,36 @@ class MiniFlowTask:
     model: FlowTraining
 
 
-def get_mini_task(name: str) -> MiniTask | MiniFlowTask:
+@dataclass(frozen=True)
+class MaskedTraining:
+    """The shape of a mini diffusion language model (a bidirectional Llama with tied embeddings) and
+    its training before RL, on `demonstrations(seed)`: prompts of one length with completions of
+    `completion_length` tokens, without end."""
+
+    completion_length: int
+    demonstrations: Callable[[int], Iterator[tuple[str, str]]]
+    hidden: int = 64
+    layers: int = 2
+    heads: int = 4
+    mlp: int = 256
+    max_positions: int = 128
+    steps: int = 900
+    batch_size: int = 128
+    lr: float = 2e-3  # AdamW; falls to 0 at the end
+    weight_decay: float = 0.01
+
+
+@dataclass(frozen=True)
+class MaskedMiniTask:
+    """As `MiniTask`, of a diffusion language model."""
+
+    name: str
+    make_rows: Callable[..., list[dict[str, Any]]]
+    is_correct: Callable[[str, str], bool]
+    model: MaskedTraining
+
+
+def get_mini_task(name: str) -> MiniTask | MiniFlowTask | MaskedMiniTask:
     """Raises TaskError for a task that is not built in."""
     if name not in MINI_TASKS:
         raise TaskError(

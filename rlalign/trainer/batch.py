@@ -85,10 +85,18 @@ def make_train_batch(groups: Sequence[Group], scores: Scores, algo: AlgoConfig) 
         logp_rollout_BT=logp_BT,
         group_weight_B=_weights([group.weight for _, group, _ in rows]),
         source_id_B=torch.tensor(sources) if any(sources) else None,
+        step_BT=_steps([sample.steps for _, _, sample in rows], width),
     )
     if any(group.tree is not None for group in groups):
         return with_trees(batch, groups, algo)
     return batch
+
+
+def _steps(steps: Sequence[tuple[int, ...]], width: int) -> torch.Tensor | None:
+    """None where no sampler said when it decided a token."""
+    if not all(steps) or not steps:
+        return None
+    return torch.tensor([[*row, *[-1] * (width - len(row))] for row in steps])
 
 
 def _weights(weights: Sequence[float]) -> torch.Tensor | None:

@@ -17,17 +17,23 @@ from rlalign.models.lora import adapter_config
 from rlalign.rewards import Scorer, build_scorer
 from rlalign.rewards import check as check_rewards
 from rlalign.rollout.engine import RolloutEngine
+from rlalign.rollout.hf import eos_token_ids
+from rlalign.rollout.masked_diffusion import MaskedDiffusionEngine
 from rlalign.rollout.no_engine import NoEngine
 from rlalign.tasks import PromptSet, ScoredSet, load_prompts, load_scored
 from rlalign.tracking.rundir import RunDir
 from rlalign.trainer.checks import check_context, check_scored
 from rlalign.trainer.distributed import World
+from rlalign.trainer.elbo import ElboLikelihood
 from rlalign.trainer.engine import TorchEngine, TrainEngine
 from rlalign.trainer.evaluate import EvalResult, run_evaluation
-from rlalign.trainer.job import Job
+from rlalign.trainer.job import AnyPolicy, Job
+from rlalign.trainer.likelihood import Likelihood
+from rlalign.trainer.masked_policy import MaskedPolicy
 from rlalign.trainer.opening import Observers, entered, open_run
 from rlalign.trainer.policy import Policy
 from rlalign.trainer.reference_cache import reference_logps
+from rlalign.trainer.update import TokenLikelihood
 
 RewardFunctions = Mapping[str, Callable[..., Any]]
 
@@ -88,7 +94,14 @@ def _assemble(
         rollout=rollout,
         scored=scored,
         reference=reference,
+        likelihood=_likelihood(policy, tokenizer),
     )
+
+
+def _likelihood(policy: AnyPolicy, tokenizer) -> Likelihood:
+    if isinstance(policy, MaskedPolicy):
+        return ElboLikelihood(policy, eos_token_ids(policy.model, tokenizer))
+    return TokenLikelihood()
 
 
 def _load_scored(prompts: PromptSet, tokenizer, config: Config) -> ScoredSet | None:
@@ -143,7 +156,13 @@ def _open_scorer(
     return scorer
 
 
-def _load_policy(config: Config, world: World, *, with_reference: bool) -> Policy:
+def _load_policy(config: Config, world: World, *, with_reference: bool) -> AnyPolicy:
+    if config.rollout.engine == "masked_diffusion":
+        masked = MaskedPolicy.from_config(
+            config, device=world.device, with_reference=with_reference
+        )
+        check_context(masked.model.config.get_text_config(), config)
+        return masked
     policy = Policy.from_config(
         config.model,
         seed=config.seed,
@@ -165,16 +184,25 @@ def build_train_engine(policy: nn.Module, config: Config, world: World) -> Train
     return DeepSpeedEngine(policy, config.trainer, dtype=dtype, world=world)
 
 
-def build_rollout_engine(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
+def build_rollout_engine(
+    policy: AnyPolicy, tokenizer, config: Config, world: World
+) -> RolloutEngine:
     if config.rollout.engine == "server":
         return _join_server(policy, tokenizer, config, world)
     with world.agreed("starting the rollout engine"):
         return _start_engine(policy, tokenizer, config, world)
 
 
-def _start_engine(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
+def _start_engine(policy: AnyPolicy, tokenizer, config: Config, world: World) -> RolloutEngine:
     if config.rollout.engine == "none":
         return NoEngine()
+    if isinstance(policy, MaskedPolicy):
+        return MaskedDiffusionEngine(
+            policy.lm,
+            tokenizer,
+            config.rollout.diffusion,
+            max_batch_size=config.rollout.max_batch_size,
+        )
     if config.rollout.engine == "hf":
         from rlalign.rollout.hf import HFEngine
 
@@ -192,7 +220,7 @@ def _start_engine(policy: Policy, tokenizer, config: Config, world: World) -> Ro
     )
 
 
-def _join_server(policy: Policy, tokenizer, config: Config, world: World) -> RolloutEngine:
+def _join_server(policy: AnyPolicy, tokenizer, config: Config, world: World) -> RolloutEngine:
     """One lease for all processes of the job: the main one takes it."""
     from rlalign.rollout.client import RolloutClient
 

@@ -44,7 +44,7 @@ def _check_idle(config: Config) -> None:
     algo = config.algo
     idle = {
         "algo.filter_groups.enable": algo.filter_groups.enable,
-        "algo.mask_truncated_completions": algo.mask_truncated_completions,
+        "algo.overlong.mask_truncated_completions": algo.overlong.mask_truncated_completions,
         "algo.mismatch.bypass_mode": algo.mismatch.bypass_mode,
         "algo.mismatch.rollout_is": algo.mismatch.rollout_is not in (None, "none", "auto"),
         "algo.overlong.buffer_len": algo.overlong.buffer_len,

@@ -21,8 +21,13 @@ from rlalign.tracking.rundir import RunDir
 from rlalign.trainer import checkpoint
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
+from rlalign.trainer.likelihood import Likelihood
+from rlalign.trainer.masked_policy import MaskedPolicy
 from rlalign.trainer.policy import Policy
 from rlalign.trainer.reference_cache import ReferenceLogps
+from rlalign.trainer.update import TokenLikelihood
+
+AnyPolicy = Policy | MaskedPolicy
 
 
 @dataclass
@@ -118,8 +123,9 @@ class Job(Run):
 
     tokenizer: Any
     scorer: Scorer
-    policy: Policy
+    policy: AnyPolicy
     rollout: RolloutEngine
+    likelihood: Likelihood = field(default_factory=TokenLikelihood)
     scored: ScoredSet | None = None  # completions of the training data, where those are used
     reference: ReferenceLogps | None = None  # of all of them, where that is all that is needed
 

@@ -24,7 +24,7 @@ from rlalign.trainer.job import Job, Progress, Run
 from rlalign.trainer.publish import check_engine, publish
 from rlalign.trainer.record_trees import token_trees_record
 from rlalign.trainer.schedule import lr_schedule
-from rlalign.trainer.update import UpdateResult, prepare, sequence_logp, update
+from rlalign.trainer.update import UpdateResult, update
 
 log = logging.getLogger(__name__)
 
@@ -84,11 +84,13 @@ def train_step(job: Job, rollouts: RolloutsAhead) -> record.StepRecord:
 
     marks = [time.perf_counter()]
     batch = make_train_batch(groups, scores, config.algo)
-    batch = prepare(job.engine, batch, scores.acc_B, config, job.world, job.reference, step)
+    batch = job.likelihood.prepare(
+        job.engine, batch, groups, scores.acc_B, config, job.world, step, job.reference
+    )
     marks.append(time.perf_counter())
 
     lr = lr_schedule(step, config.trainer.optim, config.trainer.max_steps)
-    updated = update(job.engine, batch, config, job.world, step, lr)
+    updated = update(job.engine, batch, config, job.world, step, lr, job.likelihood)
     count_skipped(progress, updated)
     marks.append(time.perf_counter())
 
@@ -140,7 +142,7 @@ def publish_weights(job: Job, version: int) -> float:
 def _publish_once(job: Job, version: int) -> float:
     with job.engine.full_parameters():
         publish(job.rollout, job.rollout_weights(), version)
-    logp = sequence_logp(job.engine, job.check_sequence)
+    logp = job.likelihood.sequence_logp(job.engine, job.check_sequence)
     with job.sampling():
         return check_engine(
             job.rollout, job.check_sequence, logp, job.config.rollout.logp_tolerance

@@ -25,9 +25,10 @@ from rlalign.trainer.batch import bare_batch
 from rlalign.trainer.coupled import groups_as_rows, rows_of_groups, slopes
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
+from rlalign.trainer.likelihood import Likelihood
 from rlalign.trainer.packing import micro_batches
 from rlalign.trainer.rows import rows_to_run
-from rlalign.types import TrainBatch
+from rlalign.types import Group, TrainBatch
 
 if TYPE_CHECKING:
     from rlalign.trainer.reference_cache import ReferenceLogps
@@ -44,6 +45,40 @@ class UpdateResult:
     train_tokens: int = 0  # prompts and completions that went through training, all processes
     backward_s: float = 0.0
     step_s: float = 0.0
+
+
+class TokenLikelihood:
+    """The `Likelihood` of language models: exact, a forward pass for all tokens of a row."""
+
+    def prepare(
+        self,
+        engine: TrainEngine,
+        batch: TrainBatch,
+        groups: Sequence[Group],
+        acc_B: torch.Tensor,
+        config: Config,
+        world: World,
+        step: int,
+        reference: ReferenceLogps | None = None,
+    ) -> TrainBatch:
+        return prepare(engine, batch, acc_B, config, world, reference, step)
+
+    def of_iteration(self, batch: TrainBatch, iteration: int, config: Config) -> TrainBatch:
+        return batch
+
+    def accumulate(
+        self,
+        engine: TrainEngine,
+        minibatch: TrainBatch,
+        config: Config,
+        world: World,
+        metrics: list[Metrics],
+    ) -> int:
+        accumulate_gradient(engine, minibatch, config, world, metrics)
+        return sum(len(sequence) for sequence in minibatch.sequences)
+
+    def sequence_logp(self, engine: TrainEngine, sequence: Sequence[int]) -> torch.Tensor:
+        return sequence_logp(engine, sequence)
 
 
 def prepare(
@@ -81,7 +116,13 @@ def prepare(
 
 
 def update(
-    engine: TrainEngine, batch: TrainBatch, config: Config, world: World, step: int, lr: float
+    engine: TrainEngine,
+    batch: TrainBatch,
+    config: Config,
+    world: World,
+    step: int,
+    lr: float,
+    likelihood: Likelihood | None = None,
 ) -> UpdateResult:
     """Take `num_iterations` x `num_minibatches` optimizer steps on a prepared `batch`.
 
@@ -90,18 +131,20 @@ def update(
     result = UpdateResult()
     metrics: list[Metrics] = []
     norms = []
-    for rows in minibatches(batch, config, step):
-        minibatch = with_weights(batch.rows(rows), config)
+    likelihood = likelihood or TokenLikelihood()
+    for iteration, rows in minibatches(batch, config, step):
+        minibatch = likelihood.of_iteration(batch, iteration, config).rows(rows)
+        minibatch = with_weights(minibatch, config)
         learning = rows_with_gradient(minibatch, config)
         if not learning:
             result.empty_steps += 1
             continue
         start = time.perf_counter()
         minibatch = minibatch.rows(learning)
-        accumulate_gradient(engine, minibatch, config, world, metrics)
+        tokens = likelihood.accumulate(engine, minibatch, config, world, metrics)
         middle = time.perf_counter()
         outcome = engine.step(lr)
-        result.train_tokens += sum(len(sequence) for sequence in minibatch.sequences)
+        result.train_tokens += tokens
         result.backward_s += middle - start
         result.step_s += time.perf_counter() - middle
         result.optimizer_steps += not outcome.skipped
@@ -113,10 +156,10 @@ def update(
     return result
 
 
-def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[list[int]]:
-    """Row indices of each optimizer step; several are shuffled, keyed by seed, step, iteration.
-    Rows that depend on each other stay together, those of trees, and those of a prompt where
-    prompts are weighed: with rows in three steps it would count three times."""
+def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[tuple[int, list[int]]]:
+    """The iteration and the row indices of each optimizer step; several are shuffled, keyed by
+    seed, step, iteration. Rows that depend on each other stay together, those of trees, and those
+    of a prompt where prompts are weighed: with rows in three steps it would count three times."""
     units = [[row] for row in range(len(batch))]
     by_prompt = batch.tree is not None or config.algo.prompt_weighting != "sample"
     if by_prompt or algos.couples_rows(config.algo):
@@ -124,13 +167,13 @@ def minibatches(batch: TrainBatch, config: Config, step: int) -> Iterator[list[i
     parts = min(config.algo.num_minibatches, max(len(units), 1))
     for iteration in range(config.algo.num_iterations):
         if parts == 1:
-            yield list(range(len(batch)))
+            yield iteration, list(range(len(batch)))
             continue
         seed = sample_seed(config.seed, "minibatches", iteration, step)
         generator = torch.Generator().manual_seed(seed)
         order = torch.randperm(len(units), generator=generator)
         for part in order.tensor_split(parts):
-            yield sorted(row for unit in part.tolist() for row in units[unit])
+            yield iteration, sorted(row for unit in part.tolist() for row in units[unit])
 
 
 def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
@@ -156,9 +199,7 @@ def rows_with_gradient(minibatch: TrainBatch, config: Config) -> list[int]:
     assert minibatch.weight_BT is not None and minibatch.advantage_BT is not None
     algo = config.algo
     active_BT = minibatch.weight_BT != 0
-    own_loss = algos.get(algo.loss_type).loss is not algos.Algorithm.loss
-    other_terms = algo.entropy_coef > 0 or algos.needs_reference(algo)
-    if not (own_loss or other_terms or algos.depends_on_split(algo)):
+    if algos.silent_without_advantage(algo):
         active_BT = active_BT & (minibatch.advantage_BT != 0)
     return active_BT.any(dim=1).nonzero().flatten().tolist()
 

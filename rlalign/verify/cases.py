@@ -67,11 +67,17 @@ def make_case(seed: int = 0, *, gap: float = 0.4, equal_lengths: bool = False) -
 
 
 def config(
-    loss_type: str = "grpo", *, mismatch: dict | None = None, tree: dict | None = None, **fields
+    loss_type: str = "grpo",
+    *,
+    mismatch: dict | None = None,
+    tree: dict | None = None,
+    overlong: dict | None = None,
+    **fields,
 ) -> AlgoConfig:
     """A resolved config of the preset with `fields` overridden; its warnings are not for here."""
     cfg = AlgoConfig(loss_type=loss_type, **fields)
-    for section, changes in (("mismatch", mismatch), ("tree", tree)):
+    sections = {"mismatch": mismatch, "tree": tree, "overlong": overlong}
+    for section, changes in sections.items():
         changed = dataclasses.replace(getattr(cfg, section), **(changes or {}))
         cfg = dataclasses.replace(cfg, **{section: changed})
     with warnings.catch_warnings():

@@ -206,7 +206,7 @@ def nothing_to_whiten() -> float:
     bound=1e-12,
 )
 def truncated() -> float:
-    cfg = config(mask_truncated_completions=True)
+    cfg = config(overlong={"mask_truncated_completions": True})
     reward_B = torch.tensor([1.0, 0.0, 0.0, 1.0], dtype=torch.float64)
     group_id_B = torch.zeros(4, dtype=torch.long)
     cut_B = torch.tensor([False, True, False, False])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlalign import algos
 from rlalign.algos import AlgoError
-from rlalign.config import AlgoConfig
+from rlalign.config.schema import AlgoConfig, OverlongConfig
 
 CFG = algos.resolve(AlgoConfig())
 
@@ -44,7 +44,7 @@ def test_masks_of_unscorable_and_truncated_rows():
     reward_B, truncated_B = torch.tensor([math.nan, 0.0, 1.0]), torch.tensor([False, True, False])
     kept = algos.gradient_mask(mask_BT, reward_B, truncated_B, CFG)
     assert kept.tolist() == [[0.0, 0.0], [1.0, 0.0], [1.0, 1.0]]
-    drop = algos.resolve(AlgoConfig(mask_truncated_completions=True))
+    drop = algos.resolve(AlgoConfig(overlong=OverlongConfig(mask_truncated_completions=True)))
     kept = algos.gradient_mask(mask_BT, reward_B, truncated_B, drop)
     assert kept.tolist() == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlalign import algos
-from rlalign.config import AlgoConfig
+from rlalign.config.schema import AlgoConfig, OverlongConfig
 from rlalign.trainer.batch import StaleSampleError, check_versions, make_train_batch
 from rlalign.types import Group, Prompt, Sample, Scores, VersionSpan
 
@@ -44,7 +44,7 @@ def test_aborted_samples_enter_no_group_statistic():
 
 
 def test_truncated_samples_keep_their_reward_and_lose_their_gradient():
-    algo = algos.resolve(AlgoConfig(mask_truncated_completions=True))
+    algo = algos.resolve(AlgoConfig(overlong=OverlongConfig(mask_truncated_completions=True)))
     batch = make_train_batch(GROUPS, scores(1.0, 0.25, 1.0, 0.5), algo)
     assert batch.mask_BT[1].sum() == 0 and batch.reward_B[1] == 0.25
 

@@ -163,7 +163,7 @@ def test_a_prompt_too_large_for_a_micro_batch_is_named_and_two_passes_take_it(fo
 def test_several_optimizer_steps_share_out_prompts_not_rows(folder):
     config = make_config(folder, "algo.num_minibatches=3")
     batch = make_batch()
-    parts = list(minibatches(batch, config, 0))
+    parts = [rows for _, rows in minibatches(batch, config, 0)]
     assert sorted(i for part in parts for i in part) == list(range(len(GROUP)))
     groups = [{GROUP[i] for i in part} for part in parts]
     assert sum(map(len, groups)) == 4 and len(groups) == 3
@@ -184,7 +184,7 @@ def test_several_optimizer_steps_count_each_prompt_once_where_prompts_are_weighe
     if weighting == "inverse_propensity":
         batch = batch.replace(group_weight_B=torch.tensor([1 / sizes[g] for g in group]))
     total = torch.zeros(5)
-    for rows in minibatches(batch, config, 0):
+    for _, rows in minibatches(batch, config, 0):
         part = with_weights(batch.rows(rows), config)
         assert part.policy_weight_BT is not None
         total.index_add_(0, part.group_id_B, part.policy_weight_BT.sum(1))

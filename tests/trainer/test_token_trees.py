@@ -254,7 +254,7 @@ def test_a_leaf_without_a_score_takes_only_its_own_chain_along(folder, groups):
 
 def test_truncated_leaves_keep_their_reward_and_lose_their_chain(folder, groups):
     """All leaves but one are truncated; its path trains, with the values of all."""
-    config = make_config(folder, "algo.mask_truncated_completions=true")
+    config = make_config(folder, "algo.overlong.mask_truncated_completions=true")
     cut = [
         dataclasses.replace(
             group,
@@ -304,7 +304,7 @@ def test_a_pruned_depth_does_not_train_and_the_window_follows_the_step(folder, g
 def test_minibatches_hold_whole_groups_and_share_the_loss_among_themselves(folder, groups):
     config = make_config(folder, "algo.num_minibatches=3")
     batch = prepared(groups, scores_of(groups), config, engine=NoForward())
-    parts = list(minibatches(batch, config, step=0))
+    parts = [rows for _, rows in minibatches(batch, config, step=0)]
     assert sorted(row for rows in parts for row in rows) == list(range(len(batch)))
     for rows in parts:
         minibatch = with_weights(batch.rows(rows), config)

@@ -1,0 +1,323 @@
+"""The rollout engine of masked-diffusion language models: completions are filled, not continued.
+
+    [padding, prompt, L masks]  --unmask.py-->  L tokens  --eos_policy-->  completion
+
+It samples from the trainer's parameters themselves, as the hf engine does. Completions of equal
+length are filled together, those of similar prompts side by side; a sample depends on its seed,
+prompt and length alone. Note that here `max_completion_length` is the length of the canvas, which
+the model sees: a shorter one is not the beginning of a longer one.
+
+Legend: B rows, T columns, L completion length, M places.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlalign.config.schema import DiffusionConfig
+from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM
+from rlalign.rollout.digest import WeightDigest
+from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
+from rlalign.rollout.hf import eos_token_ids
+from rlalign.rollout.intake import take_weights
+from rlalign.rollout.unmask import Unmasked, UnmaskParams, unmask
+from rlalign.types import FINISH_LENGTH, FINISH_STOP, PolicyVersion, Sample, VersionSpan
+
+SCORE_TOKENS = 4096  # tokens of one forward pass of `score`, or those of one sequence
+
+
+@dataclass(frozen=True, slots=True)
+class GenerateStats:
+    """What one `generate` took. Forward passes are counted per row: a batch of 8 is 8.
+
+    >>> GenerateStats(samples=2, tokens=64, forwards=40)      # 1.6 tokens per forward
+    """
+
+    samples: int
+    tokens: int  # places that were filled, whatever became of them
+    forwards: int
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.forwards if self.forwards else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One completion to be made, and whose it is."""
+
+    request: int
+    index: int
+    prompt: tuple[int, ...]
+    seed: int
+    length: int
+
+
+class MaskedDiffusionEngine:
+    """`RolloutEngine` over a masked-diffusion language model.
+
+    `model` stays where it is and is put back into its mode after every call. `version` is stamped
+    on samples until the first `update_weights`, whose names are those of
+    `model.model.named_parameters()`. `last_stats` are those of the last `generate`.
+
+    >>> engine = MaskedDiffusionEngine(model, tokenizer, DiffusionConfig())    # doctest: +SKIP
+    >>> [[sample]] = engine.generate([GenerateRequest("p", (5, 9), seeds=(1,))], params)
+    """
+
+    capabilities = Capabilities(shares_parameters=True, hidden_states=False, score_temperature=True)
+
+    def __init__(
+        self,
+        model: MaskedDiffusionLM,
+        tokenizer: Any,
+        diffusion: DiffusionConfig,
+        *,
+        version: int = 0,
+        max_batch_size: int = 256,
+    ) -> None:
+        if max_batch_size < 1:
+            raise EngineError(f"max_batch_size is {max_batch_size}; it must be at least 1")
+        self.last_stats = GenerateStats(0, 0, 0)
+        self._lm: MaskedDiffusionLM | None = model
+        self._tokenizer = tokenizer
+        self._diffusion = diffusion
+        self._max_batch_size = max_batch_size
+        self._steps = diffusion.steps
+        self._eos_ids = eos_token_ids(model.model, tokenizer)
+        digest = WeightDigest()
+        for name, param in model.model.named_parameters():
+            digest.add(name, param)
+        self.version = PolicyVersion(version, digest.hexdigest())
+
+    def generate(
+        self, requests: Sequence[GenerateRequest], params: SamplingParams
+    ) -> list[list[Sample]]:
+        """One list of samples per request, one sample per seed, in order. `Sample.logp` are the
+        log-probs at which the tokens were committed, `Sample.steps` when that was.
+
+        Raises EngineError for requests that do not fit the model and logits that are not finite.
+        """
+        self._check(requests, params)
+        samples: list[list[Any]] = [[None] * len(request.seeds) for request in requests]
+        tokens = forwards = 0
+        with self._evaluating(), torch.inference_mode():
+            for rows in self._batches(requests, params):
+                filled = self._fill(rows, params)
+                tokens += len(rows) * rows[0].length
+                forwards += int(filled.forwards_B.sum())
+                for row, sample in zip(
+                    rows, self._read(rows, requests, filled, params), strict=True
+                ):
+                    samples[row.request][row.index] = sample
+        self.last_stats = GenerateStats(sum(map(len, samples)), tokens, forwards)
+        return samples
+
+    def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[Tensor]:
+        """Log-prob of every token but the first given ALL others: float32 [len - 1], on the CPU.
+
+        Such a model has no log-prob of a token given its prefix. This one takes a forward pass per
+        token, with that token masked, and depends on every weight: it tells whether two sides hold
+        the same ones. Raises EngineError as `HFEngine.score` does.
+        """
+        if not temperature > 0:
+            raise EngineError(f"score at temperature {temperature}: it must be above 0")
+        for i, sequence in enumerate(sequences):
+            self._check_ids(sequence, 0, f"sequence {i}")
+        with self._evaluating(), torch.inference_mode():
+            return [
+                masked_scores(self._model, sequence, temperature).cpu() for sequence in sequences
+            ]
+
+    def update_weights(
+        self, parameters: Iterable[tuple[str, Tensor]], version: int
+    ) -> PolicyVersion:
+        """Take new weights and return `version` with the digest of what was received; all or
+        nothing, as `HFEngine.update_weights`."""
+        digest = take_weights(self._model.model, parameters)
+        self.version = PolicyVersion(version, digest)
+        return self.version
+
+    @contextmanager
+    def evaluation(self) -> Iterator[None]:
+        """`generate` takes `eval_steps` in here."""
+        self._steps = self._diffusion.eval_steps or self._diffusion.steps
+        try:
+            yield
+        finally:
+            self._steps = self._diffusion.steps
+
+    def sleep(self) -> None:
+        """Nothing: the weights are the trainer's, and no cache outlives a call."""
+
+    def wake(self) -> None:
+        """Nothing, see `sleep`."""
+
+    def close(self) -> None:
+        """Let go of the model; further calls raise EngineError."""
+        self._lm = None
+
+    @property
+    def _model(self) -> MaskedDiffusionLM:
+        if self._lm is None:
+            raise EngineError("the engine was closed; build a new MaskedDiffusionEngine")
+        return self._lm
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
+    def _batches(
+        self, requests: Sequence[GenerateRequest], params: SamplingParams
+    ) -> Iterator[list[_Row]]:
+        """All rows, at most `max_batch_size` of one completion length at a time."""
+        rows = [
+            _Row(r, i, request.token_ids, seed, request.limited(params).max_completion_length)
+            for r, request in enumerate(requests)
+            for i, seed in enumerate(request.seeds)
+        ]
+        rows.sort(key=lambda row: (row.length, len(row.prompt)))
+        start = 0
+        while start < len(rows):
+            length = rows[start].length
+            batch = [r for r in rows[start : start + self._max_batch_size] if r.length == length]
+            yield batch
+            start += len(batch)
+
+    def _fill(self, rows: Sequence[_Row], params: SamplingParams) -> Unmasked:
+        length, width = rows[0].length, max(len(row.prompt) for row in rows)
+        ids_BT = torch.full((len(rows), width + length), self._model.mask_id)
+        real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            pad = width - len(row.prompt)
+            ids_BT[i, :pad], real_BT[i, :pad] = 0, False
+            ids_BT[i, pad:width] = torch.tensor(row.prompt)
+        padded = not bool(real_BT.all())
+        canvas = Canvas(ids_BT.to(self._device), real_BT.to(self._device) if padded else None)
+        seed_B = torch.tensor([row.seed for row in rows], device=self._device)
+        how = self._unmask_params(length, params)
+        return unmask(self._model, canvas, how, seed_B, start=width)
+
+    def _unmask_params(self, length: int, params: SamplingParams) -> UnmaskParams:
+        """`steps` are shared out over a completion of `params`; one of another length takes as
+        many per token."""
+        config, whole = self._diffusion, params.max_completion_length
+        block = self._model.block_size or config.block_size or length
+        steps = whole if self._steps is None else self._steps
+        return UnmaskParams(
+            steps=max(1, math.ceil(steps * min(block, length) / whole)),
+            block_size=block,
+            temperature=params.temperature,
+            order=config.order,
+            top_p=params.top_p,
+            top_k=params.top_k,
+            threshold=config.threshold,
+            factor=config.factor,
+            cfg_scale=config.cfg_scale,
+            edit_threshold=config.edit_threshold,
+            suppress_ids=tuple(config.suppress_ids),
+            eos_ids=() if params.ignore_eos else tuple(sorted(self._stops(params))),
+            eos_confidence=config.eos_confidence,
+            eos_early_stop=config.eos_early_stop,
+        )
+
+    def _stops(self, params: SamplingParams) -> frozenset[int]:
+        return frozenset() if params.ignore_eos else self._eos_ids | set(params.stop_token_ids)
+
+    def _read(
+        self,
+        rows: Sequence[_Row],
+        requests: Sequence[GenerateRequest],
+        filled: Unmasked,
+        params: SamplingParams,
+    ) -> Iterator[Sample]:
+        """The samples of the rows of a filled canvas."""
+        stops, length = self._stops(params), rows[0].length
+        parts = (filled.ids_BT, filled.logp_BT, filled.step_BT)
+        columns = (part_BT[:, -length:].tolist() for part_BT in parts)
+        for row, ids, logps, steps in zip(rows, *columns, strict=True):
+            request = requests[row.request]
+            end = next((i + 1 for i, token in enumerate(ids) if token in stops), None)
+            kept = end if end and self._diffusion.eos_policy in (None, "drop") else length
+            yield Sample(
+                prompt_id=request.prompt_id,
+                index=request.first_index + row.index,
+                token_ids=tuple(ids[:kept]),
+                logp=tuple(logps[:kept]),
+                finish_reason=FINISH_STOP if end else FINISH_LENGTH,
+                spans=(VersionSpan(kept, self.version.version),),
+                text=self._tokenizer.decode(ids[:end], skip_special_tokens=True),
+                steps=tuple(steps[:kept]),
+            )
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """Eval mode; every submodule gets its own mode back."""
+        training = [module for module in self._model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    def _check(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> None:
+        if params.temperature < 0:
+            raise EngineError(f"temperature is {params.temperature}; it must be at least 0")
+        lengths = [request.limited(params).max_completion_length for request in requests]
+        if (shortest := min([params.max_completion_length, *lengths])) < 1:
+            raise EngineError(f"max_completion_length is {shortest}; it must be at least 1")
+        for request, length in zip(requests, lengths, strict=True):
+            name = f"prompt {request.prompt_id!r}"
+            self._check_ids(request.token_ids, length, name)
+            if self._model.mask_id in request.token_ids:
+                raise EngineError(
+                    f"{name} holds the mask token {self._model.mask_id}: what is masked is filled, "
+                    "and a prompt is read; take it out of the data"
+                )
+            if any(not -(2**63) <= seed < 2**63 for seed in request.seeds):
+                raise EngineError(f"{name}: a seed must fit 64 bits, got {request.seeds}")
+
+    def _check_ids(self, ids: Sequence[int], extra: int, name: str) -> None:
+        """Raise EngineError unless the model can read `ids` and `extra` more tokens."""
+        if not ids:
+            raise EngineError(f"{name} has no tokens; the model needs at least one to start from")
+        vocab = self._model.vocab_size
+        if not 0 <= min(ids) <= max(ids) < vocab:
+            raise EngineError(
+                f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
+                f"{vocab - 1}: model and tokenizer do not belong together"
+            )
+        config = self._model.model.config.get_text_config()
+        limit = getattr(config, "max_position_embeddings", None)
+        if limit is not None and len(ids) + extra > limit:
+            raise EngineError(
+                f"{name} has {len(ids)} tokens, which with {extra} of completion exceeds the "
+                f"model's context of {limit}: lower task.max_prompt_length or "
+                "rollout.max_completion_length"
+            )
+
+
+def masked_scores(
+    model: MaskedDiffusionLM, sequence: Sequence[int], temperature: float = 1.0
+) -> Tensor:
+    """Log-prob of each token 1.. of `sequence` given all the others: float32 [len - 1]."""
+    device = next(model.parameters()).device
+    ids_T = torch.tensor(list(sequence), device=device)
+    parts = []
+    for column_M in torch.arange(1, len(ids_T), device=device).split(
+        max(1, SCORE_TOKENS // len(ids_T))
+    ):
+        row_M = torch.arange(len(column_M), device=device)
+        ids_MT = ids_T.repeat(len(column_M), 1)
+        ids_MT[row_M, column_M] = model.mask_id
+        canvas = Canvas(ids_MT)
+        parts.append(model.logp(canvas, row_M, column_M, ids_T[column_M], temperature))
+    return torch.cat(parts) if parts else torch.empty(0)
