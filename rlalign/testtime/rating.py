@@ -47,7 +47,8 @@ class Rating:
 class Judge:
     """Asks the verifier, counts sequences (`calls`), and keeps the best seen so far.
 
-    A number that is not finite counts as 0; `bad` counts the sequences that had one.
+    A number that is not finite counts as 0; `bad` counts the sequences that had one, and those that
+    the verifier could not judge.
     """
 
     def __init__(self, problem: Problem, threshold: float) -> None:
@@ -62,9 +63,9 @@ class Judge:
         verdict = self.verifier.judge(ids_BT)
         self._check(verdict, len(ids_BT))
         table = torch.cat([verdict.hard_B[:, None], verdict.score_B[:, None], verdict.safe_BU], 1)
-        table = table.detach().cpu().float()
+        table = table.detach().cpu().double()
         self.calls += len(ids_BT)
-        self.bad += int((~table.isfinite()).any(1).sum())
+        self.bad += int((~table.isfinite()).any(1).sum()) + verdict.num_invalid
         rows = table.nan_to_num(0.0, 0.0, 0.0).tolist()
         ratings = [self._rating(hard, score, safe) for hard, score, *safe in rows]
         for ids_T, rating in zip(ids_BT, ratings, strict=True):

@@ -48,7 +48,7 @@ class ReflectResult:
     """The best sequence that was judged, and how it was found.
 
     `forwards` are those one after another, `row_forwards` counts the rows of each; `scorer_calls`
-    counts judged sequences, `bad_scores` those among them with a number that is not finite.
+    counts judged sequences, `bad_scores` those among them that could not be judged.
     """
 
     ids_T: Tensor  # int64
