@@ -1,6 +1,7 @@
 """Methods that act while a frozen model writes: nothing here takes a gradient of its weights."""
 
 from rlalign.testtime.best_of import best_of
+from rlalign.testtime.decode import decode_reflect
 from rlalign.testtime.drafts import GoalDrafts, SampleDrafts
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.neighbourhoods import (
@@ -26,4 +27,5 @@ __all__ = [
     "TopKAlternatives",
     "UnitMap",
     "best_of",
+    "decode_reflect",
 ]

@@ -22,12 +22,13 @@ WIDER = 1.5  # reach of the neighbourhood once a sequence has come back
 
 @dataclass(frozen=True, slots=True)
 class Edit:
-    """One repair: what a unit held and holds now, and the rating of the whole after it. Where both
-    are equal and nothing else changed, no edit was worth making."""
+    """One repair: what a unit held and holds now, and all tokens after it with their rating. Where
+    nothing changed, no edit was worth making."""
 
     unit: int
     old: tuple[int, ...]
     new: tuple[int, ...]
+    ids: tuple[int, ...]
     rating: Rating
 
 
@@ -100,7 +101,8 @@ class Repairs:
             else:
                 found = yield from self._rewrite(unit, token_L, iteration)
         self._move(unit, *found, is_anchored=candidates is not None)
-        return Edit(unit, _tokens(place.current_L), _tokens(self.ids_T[columns_L]), self.rating)
+        old, new = _tokens(place.current_L), _tokens(self.ids_T[columns_L])
+        return Edit(unit, old, new, _tokens(self.ids_T), self.rating)
 
     def _choose(self, unit: int, place: Place, candidates: Candidates) -> Tensor:
         """The best candidate [L], each completed cheaply."""
