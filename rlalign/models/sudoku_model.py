@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from rlalign.models.building import (
     Progress,
@@ -31,6 +32,7 @@ from rlalign.models.building import (
     reporting,
     write_start,
 )
+from rlalign.models.flow import WEIGHTS_FILE
 from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM
 from rlalign.tasks.sudoku import BLANK, NUM_CELLS, NUM_DIGITS, split_grids
 
@@ -58,12 +60,14 @@ def load_sudoku_model(
     def write(folder: Path) -> None:
         with reporting("sudoku", progress) as report:
             model = train_sudoku(recipe, seed, report)
-        model.save_pretrained(folder)
+        save_file(model.model.state_dict(), folder / WEIGHTS_FILE)
         write_start(folder, "sudoku", seed)
 
     name = f"sudoku-seed{seed}-{digest_of(dataclasses.asdict(recipe))}"
     folder = build_once(name, write, cache_dir)
-    return MaskedDiffusionLM(AutoModelForCausalLM.from_pretrained(folder), BLANK).eval()
+    model = _new_model(recipe)
+    model.model.load_state_dict(load_file(folder / WEIGHTS_FILE))
+    return model.eval()
 
 
 def train_sudoku(
@@ -73,7 +77,7 @@ def train_sudoku(
     grids_NT, _ = split_grids()
     with one_thread(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = MaskedDiffusionLM(AutoModelForCausalLM.from_config(_shape(recipe)), BLANK)
+        model = _new_model(recipe)
         optimizer = torch.optim.AdamW(model.parameters(), recipe.lr, fused=True)
         for step in range(recipe.steps):
             for group in optimizer.param_groups:
@@ -86,10 +90,10 @@ def train_sudoku(
     return model.eval()
 
 
-def _shape(recipe: SudokuRecipe) -> PreTrainedConfig:
+def _new_model(recipe: SudokuRecipe) -> MaskedDiffusionLM:
     # GPT-2 has learned absolute positions; with rotary ones, which are relative, a cell finds out
     # only slowly where in the grid it lies
-    return AutoConfig.for_model(
+    config = AutoConfig.for_model(
         "gpt2",
         vocab_size=NUM_DIGITS + 1,
         n_embd=recipe.hidden,
@@ -99,10 +103,12 @@ def _shape(recipe: SudokuRecipe) -> PreTrainedConfig:
         resid_pdrop=0.0,
         embd_pdrop=0.0,
         attn_pdrop=0.0,
+        tie_word_embeddings=False,
+        is_causal=False,
         bos_token_id=None,
         eos_token_id=None,
-        is_causal=False,
     )
+    return MaskedDiffusionLM(AutoModelForCausalLM.from_config(config), BLANK)
 
 
 def _batch(grids_NT: Tensor, size: int) -> Tensor:

@@ -110,13 +110,13 @@ class SudokuVerifier:
         wrong_BU = (self.puzzle_U != BLANK) & (ids_BT != self.puzzle_U) | (ids_BT == BLANK)
         safe_BU = (1 - conflicts_BU / _peers().sum(1)).masked_fill(wrong_BU, 0)
         score_B = 1 - conflicts_BU.sum(1) / _peers().sum()
-        return Verdict(score_B, safe_BU, (safe_BU == 1).all(1).float())
+        return Verdict(score_B, safe_BU, (safe_BU == 1).all(1).double())
 
 
 def _conflicts(ids_BU: Tensor) -> Tensor:
-    """How many peers of each cell hold its digit: float32 [B, 16]; a blank conflicts with none."""
+    """How many peers of each cell hold its digit: float64 [B, 16]; a blank conflicts with none."""
     equal_BUU = (ids_BU[:, :, None] == ids_BU[:, None]) & (ids_BU != BLANK)[:, :, None]
-    return (equal_BUU & _peers()).sum(2).float()
+    return (equal_BUU & _peers()).sum(2).double()
 
 
 @functools.cache

@@ -54,9 +54,8 @@ class Summary:
             rows.append((f"{name}, mean", f"{self._mean(name):.1f}"))
         stops = Counter(record["stop"] for record in self.records)
         rows.append(("stopped", ", ".join(f"{name} {n}" for name, n in stops.most_common())))
-        rows.append(
-            ("scores that were not numbers", f"{sum(r['bad_scores'] for r in self.records)}")
-        )
+        num_bad = sum(record["bad_scores"] for record in self.records)
+        rows.append(("scores that were not numbers", f"{num_bad}"))
         rows.append(("time", f"{self.wall_s:.1f} s, {1000 * self.wall_s / num:.0f} ms each"))
         return rows
 
@@ -99,7 +98,7 @@ def decode_reflect(
 
     >>> decode_reflect("sudoku", ["steps=4"], num=5, blanks=10).rows()
     """
-    folder = _claim(out)
+    folder = _unclaimed(out)
     if num is not None and num < 1:
         raise DecodeError(f"num={num}: at least 1 problem is needed")
     world = open_domain(domain, overrides, options, building) if isinstance(domain, str) else domain
@@ -180,6 +179,7 @@ def _read(
 ) -> tuple[list[Item], list[str]]:
     """The problems of a file, and why lines were left out."""
     items, skipped = [], []
+    name = "stdin" if source == "-" else source
     with _lines(source) as lines:
         for row in read_lines(lines):
             if len(items) == num:
@@ -187,9 +187,9 @@ def _read(
             try:
                 if row.value is None:
                     raise TaskError(row.problem)
-                items.append(domain.read(row.value, f"{Path(source).stem}/{row.index}"))
+                items.append(domain.read(row.value, f"{Path(name).stem}/{row.index}"))
             except TaskError as error:
-                problem = f"{source}, {row.place}: {error}"
+                problem = f"{name}, {row.place}: {error}"
                 if not skip_bad:
                     raise DecodeError(
                         f"{problem}. Mend the line, or leave such lines out with --skip-bad"
@@ -197,7 +197,7 @@ def _read(
                 skipped.append(problem)
     if not items:
         raise DecodeError(
-            f"{source} holds no problem that can be used ({len(skipped)} lines skipped"
+            f"{name} holds no problem that can be used ({len(skipped)} lines skipped"
             + (f"; the first: {skipped[0]})" if skipped else "): give a line each")
         )
     return items, skipped
@@ -208,18 +208,14 @@ def _lines(source: str) -> Iterator[IO[bytes]]:
     if source == "-":
         yield sys.stdin.buffer
         return
-    try:
-        file = Path(source).open("rb")
-    except OSError as error:
-        raise DecodeError(
-            f"{source} cannot be read ({error.strerror}): give a JSONL file"
-        ) from error
-    with file:
+    if not Path(source).is_file():
+        raise DecodeError(f"{source} is not a file: give a JSONL file of problems, or - for stdin")
+    with Path(source).open("rb") as file:
         yield file
 
 
-def _claim(out: str | Path | None) -> Path | None:
-    """The folder for results, which holds none yet."""
+def _unclaimed(out: str | Path | None) -> Path | None:
+    """The folder for results, which holds none yet and may not exist."""
     if out is None:
         return None
     folder = Path(out)
@@ -227,10 +223,6 @@ def _claim(out: str | Path | None) -> Path | None:
         raise DecodeError(
             f"{folder} holds {RECORDS} already, which would be lost: choose another folder"
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DecodeError(f"{folder} cannot be made ({error}): choose another folder") from error
     return folder
 
 
@@ -239,5 +231,9 @@ def _writer(folder: Path | None) -> Iterator[IO[str] | None]:
     if folder is None:
         yield None
         return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DecodeError(f"{folder} cannot be made ({error}): choose another folder") from error
     with (folder / RECORDS).open("x") as file:
         yield file
