@@ -1,9 +1,10 @@
 """Verdicts as a search compares them.
 
-    order = (hard, no unit violated, score)       compared from left to right, higher is better
+    order = (hard, no unit violated, score, leading units that are fine, units that are fine)
 
-A sequence that is safe is thus preferred to one of a higher score that is not, and nothing makes up
-for a lower `hard`.
+is compared from left to right, higher is better. A sequence that is safe is thus preferred to one
+of a higher score that is not, nothing makes up for a lower `hard`, and of sequences that are worth
+nothing the one that fails last is kept.
 
 Legend: B sequences, T tokens, U units.
 """
@@ -35,13 +36,9 @@ class Rating:
         return not self.violated
 
     @property
-    def order(self) -> tuple[float, bool, float]:
-        return self.hard, self.is_safe, self.score
-
-    @property
-    def num_leading_safe(self) -> int:
-        """Units before the first that is violated."""
-        return self.violated[0] if self.violated else len(self.safe)
+    def order(self) -> tuple[float, bool, float, int, int]:
+        leading = self.violated[0] if self.violated else len(self.safe)
+        return self.hard, self.is_safe, self.score, leading, -len(self.violated)
 
 
 class Judge:

@@ -6,7 +6,7 @@
                in a cheap way
                anchor = the best by (safety around t*, score, -cost)
                fix the anchor, mask what surrounds it, let the model fill that in
-    result     the best of all that was judged, by (hard, no unit violated, score)
+    result     the best of all that was judged (rating.py)
 
 ReflectDrive (arXiv 2509.20109, section 3.3 and equation 4) does this for the waypoints of a plan;
 here it is for any masked-diffusion model and verifier. No gradient is taken, no weight changes.
@@ -135,17 +135,14 @@ class Reflector:
 def choose_draft(
     drafts: Drafts, session: Session, judge: Judge
 ) -> Search[tuple[Tensor, Rating, int | None]]:
-    """The best draft by (hard, no unit violated, score, leading units that are safe, likelihood),
-    the first where all are equal: int64 [T], its rating, and the unit to be kept.
-
-    The later ones decide where every draft has score 0."""
+    """The best draft, of equally good ones the likeliest, of those the first: int64 [T], its rating,
+    and the unit to be kept."""
     drafted = yield from drafts.draft(session)
     ratings = judge(drafted.ids_KT)
     logp = drafted.logp_K.tolist()
 
     def value(index: int) -> tuple[object, ...]:
-        rating = ratings[index]
-        return rating.order, rating.num_leading_safe, logp[index], -index
+        return ratings[index].order, logp[index], -index
 
     index = max(range(len(ratings)), key=value)
     draft_T, rating = drafted.ids_KT[index], ratings[index]
