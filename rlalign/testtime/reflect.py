@@ -135,8 +135,8 @@ class Reflector:
 def choose_draft(
     drafts: Drafts, session: Session, judge: Judge
 ) -> Search[tuple[Tensor, Rating, int | None]]:
-    """The best draft, of equally good ones the likeliest, of those the first: int64 [T], its rating,
-    and the unit to be kept."""
+    """The best draft, int64 [T], its rating, and the unit to be kept; of equally good ones the
+    likeliest, of those the first."""
     drafted = yield from drafts.draft(session)
     ratings = judge(drafted.ids_KT)
     logp = drafted.logp_K.tolist()
