@@ -106,6 +106,10 @@ def decode_reflect(
     if source is None:
         items = [world.make(index) for index in range(NUM_ITEMS if num is None else num)]
     else:
+        for name in sorted(world.OWN & set(options)):
+            raise DecodeError(
+                f"{name} shapes problems of {domain}'s own: leave out {name} or input"
+            )
         items, summary.skipped = _read(world, str(source), num, skip_bad)
     begun, entries = time.monotonic(), []
     with _writer(folder) as file:

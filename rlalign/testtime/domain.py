@@ -32,6 +32,7 @@ class Domain(Protocol):
     """Problems of one kind, who solves them, and how they are shown."""
 
     OPTIONS: Mapping[str, Any]  # what its constructor takes, with the defaults
+    OWN: frozenset[str]  # those that only shape problems of its own
     reflector: Reflector
 
     def make(self, index: int) -> Item:

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlalign.config import parse
-from rlalign.config.reflect import ReflectConfig
+from rlalign.config import ReflectConfig, parse
 from rlalign.models.building import Progress
 from rlalign.models.planner import load_planner
 from rlalign.models.planner_train import FIRST_TEST_SEED, build_planner
@@ -47,6 +46,7 @@ class DrivingDomain:
     scenes of its own. `drafts` goals lie at least 0.9 m apart; 1 is the greedy plan."""
 
     OPTIONS: Mapping[str, Any] = {"oracle": "cv", "drafts": 3, "size": "full"}
+    OWN: frozenset[str] = frozenset()
 
     def __init__(
         self,

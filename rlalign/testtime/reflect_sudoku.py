@@ -9,8 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from rlalign.config import parse
-from rlalign.config.reflect import ReflectConfig
+from rlalign.config import ReflectConfig, parse
 from rlalign.models.building import Progress
 from rlalign.models.masked_diffusion import Canvas
 from rlalign.models.sudoku_model import load_sudoku_model
@@ -40,6 +39,7 @@ class SudokuDomain:
     With `drafts` > 1 the first sequence is the best of that many samples."""
 
     OPTIONS: Mapping[str, Any] = {"blanks": 12, "drafts": 1}
+    OWN = frozenset({"blanks"})
 
     def __init__(
         self, overrides: Sequence[str], progress: Progress | None, *, blanks: int, drafts: int

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ import torch
 import rlalign.testtime.reflect_sudoku as reflect_sudoku
 from rlalign import cli
 from rlalign.models.sudoku_model import load_sudoku_model
-from rlalign.tasks.sudoku import SudokuVerifier, make_puzzle, parse_puzzle
+from rlalign.tasks.sudoku import SudokuVerifier, make_puzzle, parse_puzzle, render
 from rlalign.testtime import DecodeError, best_of, decode_reflect
 from rlalign.testtime.domain import open_domain
+from tests.support import ROOT
 from tests.testtime.rules import RulesModel
 
 GOOD = '{"puzzle": "12.. 3... .... ...1", "id": "mine"}'
@@ -131,6 +133,7 @@ def test_stdin_is_read_and_num_takes_the_first(monkeypatch):
         (("sudoku", "--steps", "0"), ["steps", "0"]),
         (("sudoku", "--blanks", "20"), ["0 to 16"]),
         (("sudoku", "--num", "0"), ["at least 1"]),
+        (("sudoku", "--blanks", "3", "--input", "x.jsonl"), ["leave out blanks or input"]),
         (("sudoku", "--input", "nowhere.jsonl"), ["nowhere.jsonl", "is not a file"]),
     ],
 )
@@ -176,6 +179,16 @@ def test_any_puzzle_comes_out_with_its_givens(tmp_path):
     for text in (record["draft"], record["result"]):
         digits = ["1234".index(symbol) for symbol in text.replace(" ", "")]
         assert all(d == g for d, g in zip(digits, puzzle.tolist(), strict=True) if g != 4)
+
+
+def test_the_example_of_the_page_runs(monkeypatch, capsys):
+    monkeypatch.setattr("rlalign.models.sudoku_model.load_sudoku_model", lambda: RulesModel())
+    text = (ROOT / "docs" / "reflection.md").read_text()
+    variables: dict[str, Any] = {}
+    exec(text.split("```python\n")[1].split("```")[0], variables)
+    result = variables["result"]
+    assert result.is_safe and variables["control"].after.order <= result.after.order
+    assert capsys.readouterr().out.startswith(render(result.ids_T))
 
 
 @pytest.mark.slow

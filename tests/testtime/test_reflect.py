@@ -243,6 +243,7 @@ def test_the_worst_unit_comes_first_if_so_ordered():
         options = {"drafts": GivenDrafts([[0, 1, 2, 3]]), "config": ReflectConfig(order=order)}
         result = Reflector(HashModel(), Grammar(DIGITS), **options).run(problem)
         assert [edit.unit for edit in result.trace] == expected
+        assert torch.equal(result.ids_T, result.draft_T)  # nothing judged was better
         assert result.stop == Stop.NO_IMPROVEMENT
 
 
