@@ -168,19 +168,19 @@ def test_problems_share_their_forward_passes():
 
 
 @pytest.mark.parametrize("regen", ["suffix", "window", "all"])
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(10))
 def test_one_repair_is_what_its_definition_says(regen, seed):
     """Compared with loops over the candidates of the earliest violated unit."""
     model, num = HashModel(seed=seed), 6
-    verifier = RandomVerifier(num, seed, 0.4)
+    verifier = RandomVerifier(num, seed, 0.6)
     rng = random.Random(seed)
     draft = [rng.randrange(4) for _ in range(num)]
     config = ReflectConfig(steps=2, max_iters=1, regen=regen, local_radius=1)
-    problem = problem_of(blank(num, 4, {1: draft[1]}), verifier)
+    problem = problem_of(blank(num, 4, {5: draft[5]}), verifier)
     reflector = Reflector(model, Grammar(DIGITS), drafts=GivenDrafts([draft]), config=config)
     result = reflector.run(problem)
     safe = verifier._row(draft)[1]
-    unit = next(u for u in range(num) if safe[u] < 1 and u != 1)
+    unit = next(u for u in range(num) if safe[u] < 1 and u != 5)
     best = None
     for token in [draft[unit], *(t for t in range(4) if t != draft[unit])]:  # in order of cost
         row = [*draft[:unit], token, *draft[unit + 1 :]]
@@ -201,7 +201,7 @@ def test_one_repair_is_what_its_definition_says(regen, seed):
         "all": range(num),
     }
     for column in masked[regen]:
-        if 0 <= column < num and column not in (unit, 1):
+        if 0 <= column < num and column not in (unit, 5):
             row[column] = 4
     filled = unmask(model, Canvas(torch.tensor([row])), UnmaskParams(2), torch.tensor([0]))
     assert edit.new == (token,) and list(edit.ids) == filled.ids_BT[0].tolist()
