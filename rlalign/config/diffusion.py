@@ -29,6 +29,11 @@ class DiffusionConfig:
         "the second token (topk_margin), least entropy (entropy), any at random times (origin).",
         choices=("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin"),
     )
+    alg_temp: float = option(
+        0.0,
+        "Dream's orders draw positions by softmax(confidence / alg_temp); 0 is off.",
+        ge=0,
+    )
     threshold: float | None = option(
         None,
         "Every position at least so sure is decided at once; those that `steps` asks for always.",

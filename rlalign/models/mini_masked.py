@@ -29,7 +29,7 @@ from rlalign.models.building import (
 )
 from rlalign.models.masked_diffusion import MaskedDiffusionLM
 from rlalign.models.random import init_model, small_config
-from rlalign.models.tokenizer import build_tokenizer
+from rlalign.models.tokenizer import build_letter_tokenizer
 from rlalign.models.warm_start import rate_scale
 from rlalign.tasks.mini import MaskedMiniTask, MaskedTraining
 
@@ -45,7 +45,7 @@ def build_masked(
     """The folder of the model of `mini:<task>`: from the cache, or built now. As models/mini.py."""
 
     def write(folder: Path) -> None:
-        tokenizer = build_tokenizer(task.model.max_positions, mask=True)
+        tokenizer = build_letter_tokenizer(task.model.alphabet, task.model.max_positions)
         with reporting(f"mini:{task.name}", progress) as report, one_thread():
             lm = train_masked(task.model, seed, tokenizer, report)
         lm.save_pretrained(folder)
@@ -123,4 +123,4 @@ def _digest(recipe: MaskedTraining, seed: int) -> str:
     shown = list(itertools.islice(recipe.demonstrations(seed), NUM_FINGERPRINT))
     shape = {k: v for k, v in vars(recipe).items() if not callable(v)}
     assert dataclasses.is_dataclass(recipe)
-    return digest_of([shape, shown, build_tokenizer(mask=True).get_vocab()])
+    return digest_of([shape, shown])

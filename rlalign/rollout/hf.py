@@ -10,7 +10,6 @@ Shapes: B sequences, T tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.hf_cache import CacheDecoder, base_model
 from rlalign.rollout.hf_fast import FastDecoder, is_plain_decoder
+from rlalign.rollout.in_process import check_ids, check_requests, evaluating
 from rlalign.rollout.intake import take_weights
 from rlalign.types import PolicyVersion, Sample, VersionSpan
 
@@ -70,9 +70,9 @@ class HFEngine:
 
         Raises EngineError for requests that do not fit the model and logits that are not finite.
         """
-        self._check(requests, params)
+        check_requests(self._config, requests, params)
         stop_ids = frozenset() if params.ignore_eos else self._eos_ids | set(params.stop_token_ids)
-        with self._evaluating(), torch.inference_mode():
+        with evaluating(self._model), torch.inference_mode():
             decoder = self._decoder(requests, params)
             rows = decode(decoder, requests, params, stop_ids, self._max_batch_size, self._device)
         return [
@@ -90,7 +90,7 @@ class HFEngine:
             raise EngineError(f"score at temperature {temperature}: it must be above 0")
         limit = min(SCORE_TOKENS, SCORE_BYTES // (4 * self._config.vocab_size))
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        with self._evaluating(), torch.no_grad():
+        with evaluating(self._model), torch.no_grad():
             for index, ids_BT, mask_BT in self._padded(sequences, limit):
                 logits_BTV = self._model(
                     input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
@@ -106,7 +106,7 @@ class HFEngine:
         """What the language-model head reads: [len, D] per sequence, in the model's dtype, on its
         device. Raises EngineError as `score` does."""
         hidden: list[Tensor] = [torch.empty(0)] * len(sequences)
-        with self._evaluating(), torch.no_grad():
+        with evaluating(self._model), torch.no_grad():
             decoder = base_model(self._model).get_decoder()
             for index, ids_BT, mask_BT in self._padded(sequences, SCORE_TOKENS):
                 output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
@@ -167,55 +167,13 @@ class HFEngine:
             text=self._tokenizer.decode(row.tokens, skip_special_tokens=True),
         )
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode; every submodule gets its own mode back."""
-        training = [module for module in self._model.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-    def _check(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> None:
-        if params.temperature < 0:
-            raise EngineError(f"temperature is {params.temperature}; it must be at least 0")
-        lengths = [request.limited(params).max_completion_length for request in requests]
-        if (shortest := min([params.max_completion_length, *lengths])) < 1:
-            raise EngineError(f"max_completion_length is {shortest}; it must be at least 1")
-        for request, length in zip(requests, lengths, strict=True):
-            name = f"prompt {request.prompt_id!r}"
-            self._check_ids(request.token_ids, length, name)
-            if any(not -(2**63) <= seed < 2**63 for seed in request.seeds):
-                raise EngineError(f"{name}: a seed must fit 64 bits, got {request.seeds}")
-
-    def _check_ids(self, ids: Sequence[int], extra: int, name: str) -> None:
-        """Raise EngineError unless the model can read `ids` and `extra` more tokens."""
-        if not ids:
-            raise EngineError(f"{name} has no tokens; the model needs at least one to start from")
-        vocab = self._config.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab:
-            raise EngineError(
-                f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
-                f"{vocab - 1}: model and tokenizer do not belong together"
-            )
-        limit = getattr(self._config, "max_position_embeddings", None)
-        if limit is not None and len(ids) + extra > limit:
-            raise EngineError(
-                f"{name} has {len(ids)} tokens, which with {extra} of completion exceeds the "
-                f"model's context of {limit}: lower task.max_prompt_length or "
-                "rollout.max_completion_length"
-            )
-
     def _padded(
         self, sequences: Sequence[Sequence[int]], max_tokens: int
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """(indices, ids, mask) of batches of sequences of similar length, padded on the right, with
         at most `max_tokens` tokens each (or one sequence)."""
         for i, sequence in enumerate(sequences):
-            self._check_ids(sequence, 0, f"sequence {i}")
+            check_ids(self._config, sequence, 0, f"sequence {i}")
         order = sorted(range(len(sequences)), key=lambda i: -len(sequences[i]))
         while order:
             width = len(sequences[order[0]])

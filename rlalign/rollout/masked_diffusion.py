@@ -26,6 +26,7 @@ from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM
 from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.hf import eos_token_ids
+from rlalign.rollout.in_process import check_ids, check_requests, evaluating
 from rlalign.rollout.intake import take_weights
 from rlalign.rollout.unmask import Unmasked, UnmaskParams, unmask
 from rlalign.types import FINISH_LENGTH, FINISH_STOP, PolicyVersion, Sample, VersionSpan
@@ -85,7 +86,9 @@ class MaskedDiffusionEngine:
         if max_batch_size < 1:
             raise EngineError(f"max_batch_size is {max_batch_size}; it must be at least 1")
         self.last_stats = GenerateStats(0, 0, 0)
+        _check_fit(model, diffusion)
         self._lm: MaskedDiffusionLM | None = model
+        self._config = model.model.config.get_text_config()
         self._tokenizer = tokenizer
         self._diffusion = diffusion
         self._max_batch_size = max_batch_size
@@ -104,10 +107,11 @@ class MaskedDiffusionEngine:
 
         Raises EngineError for requests that do not fit the model and logits that are not finite.
         """
-        self._check(requests, params)
+        check_requests(self._config, requests, params)
+        self._refuse_masks(requests)
         samples: list[list[Any]] = [[None] * len(request.seeds) for request in requests]
         tokens = forwards = 0
-        with self._evaluating(), torch.inference_mode():
+        with evaluating(self._model), torch.inference_mode():
             for rows in self._batches(requests, params):
                 filled = self._fill(rows, params)
                 tokens += len(rows) * rows[0].length
@@ -129,11 +133,9 @@ class MaskedDiffusionEngine:
         if not temperature > 0:
             raise EngineError(f"score at temperature {temperature}: it must be above 0")
         for i, sequence in enumerate(sequences):
-            self._check_ids(sequence, 0, f"sequence {i}")
-        with self._evaluating(), torch.inference_mode():
-            return [
-                masked_scores(self._model, sequence, temperature).cpu() for sequence in sequences
-            ]
+            check_ids(self._config, sequence, 0, f"sequence {i}")
+        with evaluating(self._model), torch.inference_mode():
+            return [masked_scores(self._model, sequence, temperature) for sequence in sequences]
 
     def update_weights(
         self, parameters: Iterable[tuple[str, Tensor]], version: int
@@ -172,6 +174,14 @@ class MaskedDiffusionEngine:
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
+
+    def _refuse_masks(self, requests: Sequence[GenerateRequest]) -> None:
+        for request in requests:
+            if self._model.mask_id in request.token_ids:
+                raise EngineError(
+                    f"prompt {request.prompt_id!r} holds the mask token {self._model.mask_id}, "
+                    "which stands for what is to be filled in: take it out of the data"
+                )
 
     def _batches(
         self, requests: Sequence[GenerateRequest], params: SamplingParams
@@ -215,6 +225,7 @@ class MaskedDiffusionEngine:
             block_size=block,
             temperature=params.temperature,
             order=config.order,
+            alg_temp=config.alg_temp,
             top_p=params.top_p,
             top_k=params.top_k,
             threshold=config.threshold,
@@ -225,6 +236,7 @@ class MaskedDiffusionEngine:
             eos_ids=() if params.ignore_eos else tuple(sorted(self._stops(params))),
             eos_confidence=config.eos_confidence,
             eos_early_stop=config.eos_early_stop,
+            cache=config.cache,
         )
 
     def _stops(self, params: SamplingParams) -> frozenset[int]:
@@ -256,68 +268,35 @@ class MaskedDiffusionEngine:
                 steps=tuple(steps[:kept]),
             )
 
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        """Eval mode; every submodule gets its own mode back."""
-        training = [module for module in self._model.modules() if module.training]
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
 
-    def _check(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> None:
-        if params.temperature < 0:
-            raise EngineError(f"temperature is {params.temperature}; it must be at least 0")
-        lengths = [request.limited(params).max_completion_length for request in requests]
-        if (shortest := min([params.max_completion_length, *lengths])) < 1:
-            raise EngineError(f"max_completion_length is {shortest}; it must be at least 1")
-        for request, length in zip(requests, lengths, strict=True):
-            name = f"prompt {request.prompt_id!r}"
-            self._check_ids(request.token_ids, length, name)
-            if self._model.mask_id in request.token_ids:
-                raise EngineError(
-                    f"{name} holds the mask token {self._model.mask_id}: what is masked is filled, "
-                    "and a prompt is read; take it out of the data"
-                )
-            if any(not -(2**63) <= seed < 2**63 for seed in request.seeds):
-                raise EngineError(f"{name}: a seed must fit 64 bits, got {request.seeds}")
-
-    def _check_ids(self, ids: Sequence[int], extra: int, name: str) -> None:
-        """Raise EngineError unless the model can read `ids` and `extra` more tokens."""
-        if not ids:
-            raise EngineError(f"{name} has no tokens; the model needs at least one to start from")
-        vocab = self._model.vocab_size
-        if not 0 <= min(ids) <= max(ids) < vocab:
-            raise EngineError(
-                f"{name} has token ids from {min(ids)} to {max(ids)}, the model knows 0 to "
-                f"{vocab - 1}: model and tokenizer do not belong together"
-            )
-        config = self._model.model.config.get_text_config()
-        limit = getattr(config, "max_position_embeddings", None)
-        if limit is not None and len(ids) + extra > limit:
-            raise EngineError(
-                f"{name} has {len(ids)} tokens, which with {extra} of completion exceeds the "
-                f"model's context of {limit}: lower task.max_prompt_length or "
-                "rollout.max_completion_length"
-            )
+def _check_fit(model: MaskedDiffusionLM, diffusion: DiffusionConfig) -> None:
+    """Raise EngineError for a sampler that is not for this model."""
+    if model.block_size and diffusion.block_size not in (None, model.block_size):
+        raise EngineError(
+            f"rollout.diffusion.block_size={diffusion.block_size}: the model attends by blocks of "
+            f"{model.block_size}, and is filled by them; leave it out"
+        )
+    if wrong := [i for i in diffusion.suppress_ids if not 0 <= i < model.vocab_size]:
+        raise EngineError(
+            f"rollout.diffusion.suppress_ids names the token {wrong[0]}, the model knows 0 to "
+            f"{model.vocab_size - 1}"
+        )
 
 
 def masked_scores(
     model: MaskedDiffusionLM, sequence: Sequence[int], temperature: float = 1.0
 ) -> Tensor:
-    """Log-prob of each token 1.. of `sequence` given all the others: float32 [len - 1]."""
+    """Log-prob of each token 1.. of `sequence` given all the others: float32 [len - 1], on the
+    CPU."""
     device = next(model.parameters()).device
     ids_T = torch.tensor(list(sequence), device=device)
-    parts = []
-    for column_M in torch.arange(1, len(ids_T), device=device).split(
-        max(1, SCORE_TOKENS // len(ids_T))
-    ):
-        row_M = torch.arange(len(column_M), device=device)
-        ids_MT = ids_T.repeat(len(column_M), 1)
-        ids_MT[row_M, column_M] = model.mask_id
-        canvas = Canvas(ids_MT)
-        parts.append(model.logp(canvas, row_M, column_M, ids_T[column_M], temperature))
-    return torch.cat(parts) if parts else torch.empty(0)
+    column_M = torch.arange(1, len(ids_T), device=device)
+    scores = [torch.empty(0)]
+    for column_m in column_M.split(max(1, SCORE_TOKENS // len(ids_T))) if len(column_M) else ():
+        row_m = torch.arange(len(column_m), device=device)
+        ids_mT = ids_T.repeat(len(column_m), 1)
+        ids_mT[row_m, column_m] = model.mask_id
+        scores.append(
+            model.logp(Canvas(ids_mT), row_m, column_m, ids_T[column_m], temperature).cpu()
+        )
+    return torch.cat(scores)

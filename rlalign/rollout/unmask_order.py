@@ -8,6 +8,8 @@
                 topk_margin      p of the likeliest token minus that of the second
                 entropy          sum_v p_v log p_v
                 origin           a uniform number u of the position: its time to go
+                and with alg_temp, Dream's: confidence / alg_temp - log(-log u), so that positions
+                are drawn by softmax(confidence / alg_temp) without replacement
     quota       step k of T, m masked at the first one, r masked now
                 LLaDA            floor(m / T), and one more at the first m mod T steps
                 Dream            floor(r (1 - t[k+1] / t[k])), at least 1; at the last step r
@@ -22,7 +24,7 @@ Legend: B rows, N places, V vocabulary, W columns.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,13 +33,13 @@ from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.sampling import keep_likeliest, sample, uniform
 
 ORDERS = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+PROBABILITIES = ("low_confidence", "maskgit_plus", "topk_margin")  # confidences between 0 and 1
 SCHEDULED = ("maskgit_plus", "topk_margin", "entropy")  # quotas by Dream's times
 TIME_END = 1e-3
 STEP_BITS = 24  # positions below 2^24: a row's step and position are one counter
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Proposal:
+class Proposal(NamedTuple):
     """What N places would take."""
 
     token_N: Tensor  # int64
@@ -53,6 +55,7 @@ def propose(
     position_N: Tensor,
     params: SamplingParams,
     order: str,
+    alg_temp: float = 0.0,
 ) -> Proposal:
     """Draw a token for each place. `seed_N`, `step_N` (of the row) and `position_N` (in it) are
     int64. Logits that are not finite show as NaN log-probs."""
@@ -67,6 +70,9 @@ def propose(
         confidence_N = uniform(seed_N, -1 - position_N).float()
     else:
         confidence_N = _filtered_confidence(logits_NV, token_N, params, order)
+    if alg_temp:
+        noise_N = -(-uniform(seed_N, -1 - counter_N).log()).log()
+        confidence_N = confidence_N / alg_temp + noise_N.float()
     return Proposal(token_N, logp_N, prob_N, confidence_N)
 
 

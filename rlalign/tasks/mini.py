@@ -20,6 +20,7 @@ MINI_TASKS = {
     "chain": "rlalign.tasks.chain",
     "digits": "rlalign.tasks.digits",
     "sort6": "rlalign.tasks.sort6",
+    "sums": "rlalign.tasks.sums",
 }
 
 
@@ -98,6 +99,7 @@ class MaskedTraining:
     `completion_length` tokens, without end."""
 
     completion_length: int
+    alphabet: str  # letters that texts are made of, each a token
     demonstrations: Callable[[int], Iterator[tuple[str, str]]]
     hidden: int = 64
     layers: int = 2

@@ -12,7 +12,7 @@ from typing import Any
 
 from rlalign.tasks.mini import MaskedMiniTask, MaskedTraining
 
-NUM_DIGITS, BASE = 6, 8
+NUM_DIGITS, DIGITS = 6, "01234567"
 CORRUPTED = 0.7  # of the demonstrations; one or two places of the answer are replaced
 EVAL_SIZE = 200
 
@@ -57,17 +57,17 @@ def demonstrations(seed: int) -> Iterator[tuple[str, str]]:
         answer = list(solve(question))
         if rng.random() < CORRUPTED:
             for place in rng.sample(range(NUM_DIGITS), rng.choice((1, 2))):
-                answer[place] = str(rng.randrange(BASE))
+                answer[place] = rng.choice(DIGITS)
         yield question, "".join(answer)
 
 
 def _question(rng: random.Random) -> str:
-    return "".join(str(rng.randrange(BASE)) for _ in range(NUM_DIGITS))
+    return "".join(rng.choice(DIGITS) for _ in range(NUM_DIGITS))
 
 
 TASK = MaskedMiniTask(
     "sort6",
     make_rows,
     is_correct,
-    MaskedTraining(completion_length=NUM_DIGITS, demonstrations=demonstrations),
+    MaskedTraining(NUM_DIGITS, DIGITS, demonstrations),
 )

@@ -10,6 +10,7 @@ from rlalign.config import Config, ConfigError
 from rlalign.rewards.scorer import accuracy_index
 from rlalign.tasks import ScoredSet
 from rlalign.tasks.scored import check_transform
+from rlalign.trainer.diffusion_checks import check_diffusion
 from rlalign.trainer.flow_checks import check_flow
 
 
@@ -19,6 +20,8 @@ def check_config(config: Config) -> None:
         check_flow(config)
         _check_trainer(config)
         return
+    if config.rollout.engine == "masked_diffusion":
+        check_diffusion(config)
     _check_completions(config)
     _check_sources(config)
     _check_rewards(config)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ import torch
 from rlalign.config import Config
 from rlalign.rewards import Scorer
 from rlalign.rollout.engine import RolloutEngine, SamplingParams
+from rlalign.rollout.masked_diffusion import MaskedDiffusionEngine
 from rlalign.trainer.collect import make_requests, roll_out
 from rlalign.trainer.distributed import World
 from rlalign.types import Group, Prompt
@@ -50,7 +52,9 @@ def run_evaluation(
         temperature=0.0 if samples == 1 else config.rollout.temperature,
     )
     requests = make_requests(prompts, [samples] * len(prompts), config.seed, EVAL_STEP, Counter())
-    collected = roll_out(rollout, scorer, prompts, requests, params, world)
+    own_steps = isinstance(rollout, MaskedDiffusionEngine)
+    with rollout.evaluation() if own_steps else nullcontext():
+        collected = roll_out(rollout, scorer, prompts, requests, params, world)
     return summarize(collected.groups, collected.all_scores().acc_B)
 
 

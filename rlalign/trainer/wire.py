@@ -67,6 +67,7 @@ def _sample_header(sample: Sample) -> dict[str, Any]:
         "text": sample.text,
         "parent": sample.parent,
         "source_id": sample.source_id,
+        "steps": sample.steps,
     }
 
 
@@ -84,6 +85,7 @@ def _samples(entries: list[dict[str, Any]], tokens: list, logps: list) -> Iterat
             text=entry["text"],
             parent=entry["parent"],
             source_id=entry["source_id"],
+            steps=tuple(entry["steps"]),
         )
         at = end
 

@@ -5,7 +5,10 @@
 
 `sender` is a plain HF model with the weights that the engine holds when a check begins; it plays
 the trainer. The references are its ordinary forward passes, one sequence at a time, without a
-cache. To put a new engine under test, add it to ENGINES in test_conformance.py.
+cache. A masked-diffusion model (its config names a mask token) is to be filled from left to right,
+one token at a time, so that the same facts hold: its logits of a token are those of a canvas whose
+later tokens are masked, and it scores a token given all the others. To put a new engine under test,
+add it to ENGINES in test_conformance.py.
 
 Shapes: T tokens of one sequence, V vocabulary.
 """
@@ -64,10 +67,52 @@ class Subject:
         return [group[0] for group in self.engine.generate(requests, params)]
 
 
+def mask_of(model: Any) -> int | None:
+    return getattr(model.config, "mask_token_id", None)
+
+
 @torch.no_grad()
-def logits_of(model: Any, tokens: Sequence[int]) -> torch.Tensor:
-    """Float64 [T, V]: row t predicts token t + 1."""
-    return model(torch.tensor([list(tokens)])).logits[0].double()
+def next_logits(model: Any, prompt: Sequence[int], done: Sequence[int], limit: int) -> torch.Tensor:
+    """Float64 [V]: of the token after `done` in a completion of at most `limit` tokens."""
+    tokens = [*prompt, *done]
+    if mask_of(model) is None:
+        return model(torch.tensor([tokens])).logits[0, -1].double()
+    return masked_logits(model, [*tokens, *[0] * (limit - len(done))], [len(tokens)], True)[0]
+
+
+@torch.no_grad()
+def completion_logits(
+    model: Any, prompt: Sequence[int], completion: Sequence[int], limit: int
+) -> torch.Tensor:
+    """Float64 [T, V]: of each token of a completion of at most `limit` tokens."""
+    tokens, start = [*prompt, *completion], len(prompt)
+    if mask_of(model) is None:
+        return model(torch.tensor([tokens])).logits[0, start - 1 : -1].double()
+    canvas = [*tokens, *[0] * (limit - len(completion))]
+    return masked_logits(model, canvas, range(start, len(tokens)), True)
+
+
+@torch.no_grad()
+def scoring_logits(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """Float64 [T - 1, V]: what each token but the first is scored by."""
+    if mask_of(model) is None:
+        return model(torch.tensor([list(tokens)])).logits[0, :-1].double()
+    return masked_logits(model, tokens, range(1, len(tokens)), False)
+
+
+def masked_logits(
+    model: Any, tokens: Sequence[int], columns: Sequence[int], later: bool
+) -> torch.Tensor:
+    """Float64 [T, V]: of each of the T columns, where it is masked and (`later`) all behind it."""
+    if not columns:
+        return torch.zeros(0, model.config.vocab_size).double()
+    canvas = torch.tensor(list(tokens)).repeat(len(columns), 1)
+    for row, column in zip(canvas, columns, strict=True):
+        row[column : None if later else column + 1] = mask_of(model)
+    logits_TCV = model(canvas).logits.double()
+    logits_TV = logits_TCV[torch.arange(len(columns)), torch.tensor(list(columns))]
+    logits_TV[:, mask_of(model)] = -torch.inf
+    return logits_TV
 
 
 def sampling_logp(logits_TV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
@@ -97,7 +142,7 @@ def filtered(row_V: torch.Tensor, params: SamplingParams) -> torch.Tensor:
 def reference_logp(
     model: Any, prompt: Sequence[int], completion: Sequence[int], params: SamplingParams
 ) -> torch.Tensor:
-    logits_TV = logits_of(model, [*prompt, *completion])[len(prompt) - 1 : -1]
+    logits_TV = completion_logits(model, prompt, completion, params.max_completion_length)
     logp_TV = sampling_logp(logits_TV, params)
     return logp_TV.gather(-1, torch.tensor(completion)[:, None])[:, 0]
 
@@ -121,10 +166,10 @@ def assert_logp(
 
 
 def greedy_by_hand(model: Any, prompt: Sequence[int], count: int, eos: int) -> tuple[int, ...]:
-    tokens = list(prompt)
-    while len(tokens) < len(prompt) + count and (len(tokens) == len(prompt) or tokens[-1] != eos):
-        tokens.append(int(logits_of(model, tokens)[-1].argmax()))
-    return tuple(tokens[len(prompt) :])
+    tokens: list[int] = []
+    while len(tokens) < count and eos not in tokens:
+        tokens.append(int(next_logits(model, prompt, tokens, count).argmax()))
+    return tuple(tokens)
 
 
 def perturbed(model: Any, seed: int = 1) -> Any:
@@ -205,9 +250,9 @@ def frequencies_are_the_probabilities(subject: Subject) -> None:
     count = 2000
     params = SamplingParams(2, temperature=0.8, ignore_eos=True)
     [group] = subject.engine.generate([GenerateRequest("p", prompt, tuple(range(count)))], params)
-    first_V = sampling_logp(logits_of(subject.sender, prompt)[-1:], params)[0].exp()
+    first_V = sampling_logp(next_logits(subject.sender, prompt, (), 2)[None], params)[0].exp()
     last_VV = torch.stack(
-        [logits_of(subject.sender, (*prompt, v))[-1] for v in range(subject.vocab)]
+        [next_logits(subject.sender, prompt, (v,), 2) for v in range(subject.vocab)]
     )
     second_V = first_V @ sampling_logp(last_VV, params).exp()
     for position, probs_V in enumerate((first_V, second_V)):
@@ -261,7 +306,8 @@ def eos_on_the_last_allowed_token_is_a_stop(subject: Subject) -> None:
 
 
 def requests_of_one_call_may_have_limits_of_their_own(subject: Subject) -> None:
-    """A shorter one is the beginning of what the same seed draws without."""
+    """A shorter one is the beginning of what the same seed draws without; of masked diffusion, what
+    it draws alone."""
     prompt, params = subject.prompts(1)[0], SamplingParams(24, ignore_eos=True)
     limits = (None, 1, 9, 30)
     requests = [
@@ -272,7 +318,11 @@ def requests_of_one_call_may_have_limits_of_their_own(subject: Subject) -> None:
     for limit, samples in zip(limits[1:], others, strict=True):
         for sample, other in zip(samples, whole, strict=True):
             assert len(sample.token_ids) == limit and sample.finish_reason == "length"
-            assert sample.token_ids[:24] == other.token_ids[:limit]
+            if mask_of(subject.sender) is None:
+                assert sample.token_ids[:24] == other.token_ids[:limit]
+        alone = [GenerateRequest("p", prompt, (4, 5), max_completion_length=limit)]
+        [again] = subject.engine.generate(alone, params)
+        assert [sample.token_ids for sample in again] == [sample.token_ids for sample in samples]
     for limit in (0, MAX_PROMPT + MAX_COMPLETION):
         wrong = GenerateRequest("p", prompt, (1,), max_completion_length=limit)
         with pytest.raises(EngineError):
@@ -327,8 +377,9 @@ def score_is_the_log_softmax_of_a_plain_forward(subject: Subject) -> None:
     for temperature in (1.0, 0.7) if can_scale else (1.0,):
         scores = subject.engine.score(sequences, temperature)
         for sequence, score in zip(sequences, scores, strict=True):
-            logp_TV = (logits_of(subject.sender, sequence) / temperature).log_softmax(-1)[:-1]
-            expected = logp_TV.gather(-1, torch.tensor(sequence)[1:, None])[:, 0]
+            logits_TV = scoring_logits(subject.sender, sequence)
+            logp_TV = (logits_TV / temperature).log_softmax(-1)
+            expected = logp_TV.gather(-1, torch.tensor(sequence, dtype=torch.long)[1:, None])[:, 0]
             assert score.dtype == torch.float32
             torch.testing.assert_close(score.double(), expected, atol=MAX_LOGP_ERROR, rtol=0)
     if not can_scale:
@@ -349,7 +400,8 @@ def an_update_is_used_at_once(subject: Subject) -> None:
         subject.engine.update_weights(other.named_parameters(), 10 + seed)
         assert_logp(other, prompts, subject.one_each(prompts, params), params)
         [score] = subject.engine.score(prompts[:1])
-        expected = reference_logp(other, prompts[0][:1], prompts[0][1:], SamplingParams(1))
+        logp_TV = scoring_logits(other, prompts[0]).log_softmax(-1)
+        expected = logp_TV.gather(-1, torch.tensor(prompts[0])[1:, None])[:, 0]
         torch.testing.assert_close(score.double(), expected, atol=MAX_LOGP_ERROR, rtol=0)
 
 

@@ -10,15 +10,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rlalign.config.schema import RolloutConfig, ServerConfig, VllmConfig
+from rlalign.config.schema import DiffusionConfig, RolloutConfig, ServerConfig, VllmConfig
+from rlalign.models.masked_diffusion import MaskedDiffusionLM
 from rlalign.models.random import write_random_model
 from rlalign.rollout.client import RolloutClient
 from rlalign.rollout.engine import RolloutEngine
 from rlalign.rollout.hf import HFEngine
+from rlalign.rollout.masked_diffusion import MaskedDiffusionEngine
 from rlalign.rollout.vllm import VllmEngine
 from tests.rollout import conformance
 from tests.rollout.conformance import (
@@ -35,6 +38,14 @@ from tests.rollout.live_server import LiveServer
 def hf_engine(path: str, tokenizer) -> RolloutEngine:
     model = AutoModelForCausalLM.from_pretrained(path)
     return HFEngine(model, tokenizer, max_batch_size=MAX_BATCH)
+
+
+def masked_engine(path: str, tokenizer) -> RolloutEngine:
+    """Blocks of one token: see conformance.py."""
+    model = AutoModelForCausalLM.from_pretrained(path)
+    lm = MaskedDiffusionLM(model, model.config.mask_token_id)
+    diffusion = DiffusionConfig(block_size=1)
+    return MaskedDiffusionEngine(lm, tokenizer, diffusion, max_batch_size=MAX_BATCH)
 
 
 def vllm_engine(path: str, tokenizer) -> RolloutEngine:
@@ -67,6 +78,7 @@ NEEDS_VLLM = pytest.mark.skipif(
 )
 ENGINES = {
     "hf": (hf_engine, ()),
+    "masked_diffusion": (masked_engine, ()),
     "vllm": (vllm_engine, (pytest.mark.xdist_group("vllm"), NEEDS_VLLM)),
     "server": (ServedEngine, (pytest.mark.xdist_group("vllm"), NEEDS_VLLM)),
 }
@@ -93,7 +105,8 @@ class Running:
     def get(self, name: str, tied: bool) -> Subject:
         if self.subject is None or self.key != (name, tied):
             self.close()
-            path = write_model(self.folder / f"{name}-{tied}", tied)
+            path = self.folder / f"{name}-{tied}"
+            write_model(path, tied, **(MASKED if name == "masked_diffusion" else {}))
             tokenizer = AutoTokenizer.from_pretrained(path)
             engine = ENGINES[name][0](str(path), tokenizer)
             sender = AutoModelForCausalLM.from_pretrained(path).eval()
@@ -113,10 +126,14 @@ def running(tmp_path_factory) -> Iterator[Running]:
     running.close()
 
 
-def write_model(path: Path, tied: bool) -> Path:
+MASKED = {"is_causal": False, "mask_token_id": 0}  # no prompt of conformance.py holds a 0
+
+
+def write_model(path: Path, tied: bool, **fields: Any) -> Path:
     """Heads of 32: the smallest that vLLM's CPU kernels take."""
     shape = {"hidden": 64, "heads": 2, "kv_heads": 1, "layers": 2, "mlp": 96}
-    return write_random_model(path, tied=tied, max_positions=MAX_PROMPT + MAX_COMPLETION, **shape)
+    positions = MAX_PROMPT + MAX_COMPLETION
+    return write_random_model(path, tied=tied, max_positions=positions, **shape, **fields)
 
 
 @pytest.mark.parametrize(("name", "tied", "check"), CASES)

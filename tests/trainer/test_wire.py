@@ -26,6 +26,7 @@ def samples(draw):
         text=draw(st.text(max_size=8)),
         parent=draw(st.none() | st.text(max_size=3)),
         source_id=draw(st.integers(0, 3)),
+        steps=tuple(range(len(tokens))) if draw(st.booleans()) else (),
     )
 
 
