@@ -234,6 +234,15 @@ def test_a_unit_that_no_edit_helps_is_passed_over_for_the_next():
     assert [edit.unit for edit in result.trace] == [1]  # a given is never searched
 
 
+def test_a_completion_may_move_all_but_the_candidate_and_the_givens():
+    verifier = FunctionVerifier(3, lambda row: (0.0, [1.0, float(row[1] == 2), 1.0], 0.0))
+    problem = problem_of(blank(3, 4, {0: 1}), verifier)
+    options = {"drafts": GivenDrafts([[1, 0, 0]]), "config": ReflectConfig(max_iters=1)}
+    completion = lambda ids, before, unit: torch.full_like(ids, 3)  # noqa: E731
+    Reflector(HashModel(), Grammar(DIGITS), completion=completion, **options).run(problem)
+    assert verifier.seen[1:5] == [[1, token, 3] for token in range(4)]
+
+
 def test_the_worst_unit_comes_first_if_so_ordered():
     def judge(row):
         return 0.0, [0.5, 0.75, 0.25, 1.0], 0.0
