@@ -34,7 +34,7 @@ def all_grids() -> Tensor:
     pairs = [
         (a, b)
         for a, b in itertools.product(rows, repeat=2)
-        if {*a[:2], *b[:2]} == {*a[2:], *b[2:]} == set(range(NUM_DIGITS))
+        if {*a[:2], *b[:2]} == set(range(NUM_DIGITS))  # then the other box is full too
     ]
     grids = [
         (*upper, *lower)
