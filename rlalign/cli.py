@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
 
 app = typer.Typer(
     add_completion=False,
@@ -18,6 +20,9 @@ app = typer.Typer(
     help="Reinforcement-learning alignment, from a laptop CPU to a cluster.",
 )
 out, err = Console(), Console(stderr=True)
+
+decode = typer.Typer(no_args_is_help=True, help="Test-time methods: the weights stay as they are.")
+app.add_typer(decode, name="decode")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/grpo/mini.yaml")]
 Overrides = Annotated[
@@ -170,6 +175,56 @@ def bench(
     out.print(benchmarks.render(result))
     if not all(bar["holds"] for bar in result["bars"]):
         raise typer.Exit(1)
+
+
+@decode.command("reflect")
+def decode_reflect(
+    domain: Annotated[str, typer.Argument(help="sudoku or driving.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value options, e.g. max_iters=4 regen=window")
+    ] = None,
+    num: Annotated[int | None, typer.Option(help="Problems; 20 by default.")] = None,
+    input: Annotated[
+        str | None, typer.Option(help="JSONL file of problems, - for stdin; else own ones.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for results.jsonl and index.html; else stdout.")
+    ] = None,
+    skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be used.")] = False,
+    steps: Annotated[int | None, typer.Option(help="Forward passes that fill a canvas.")] = None,
+    drafts: Annotated[int | None, typer.Option(help="First sequences to choose from.")] = None,
+    blanks: Annotated[int | None, typer.Option(help="sudoku: blank cells of its puzzles.")] = None,
+    oracle: Annotated[str | None, typer.Option(help="driving: cv or gt.")] = None,
+    size: Annotated[str | None, typer.Option(help="driving: planner, full or smoke.")] = None,
+) -> None:
+    """Repair what a masked-diffusion model writes, where a verifier finds fault.
+
+    Example: `rlalign decode reflect sudoku --num 20 --blanks 12 --steps 2`
+    """
+    import json
+
+    from rlalign.testtime.decode import decode_reflect as run
+
+    settings = [*(overrides or []), *([f"steps={steps}"] if steps is not None else [])]
+    options = {"drafts": drafts, "blanks": blanks, "oracle": oracle, "size": size}
+    given = {name: value for name, value in options.items() if value is not None}
+    shared: dict[str, Any] = {"num": num, "source": input, "out": out, "skip_bad": skip_bad}
+    show = None if out else lambda record: typer.echo(json.dumps(record))
+    with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
+        bar = bars.add_task(domain, total=None)
+
+        def move(done: int, total: int) -> None:
+            bars.update(bar, completed=done, total=total)
+
+        summary = run(domain, settings, **shared, on_record=show, on_progress=move, **given)
+    table = Table("", domain, box=None)
+    for row in summary.rows():
+        table.add_row(*row)
+    err.print(table)
+    for problem in summary.skipped:
+        err.print(escape(f"skipped: {problem}"), soft_wrap=True)
+    if summary.page:
+        err.print(escape(f"wrote {summary.page}, and results.jsonl beside it"), soft_wrap=True)
 
 
 def _is_main_process() -> bool:

@@ -1,6 +1,7 @@
 """Structured configuration: `schema` holds every option, `load` reads and checks."""
 
 from rlalign.config.load import ConfigError, all_keys, check_values, parse, parse_config, to_yaml
+from rlalign.config.reflect import ReflectConfig
 from rlalign.config.schema import (
     AlgoConfig,
     Config,
@@ -30,6 +31,7 @@ __all__ = [
     "MismatchConfig",
     "ModelConfig",
     "OptimConfig",
+    "ReflectConfig",
     "RewardSpec",
     "RewardsConfig",
     "RolloutConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ def open_jsonl(path: str, params: Mapping[str, Any], split: str) -> Source:
 
 
 def _rows(path: Path) -> Iterator[RawRow]:
-    index = 0
     with path.open("rb") as lines:  # bytes: only a newline ends a line, and each decodes alone
-        for number, line in enumerate(lines, 1):
-            if number == 1:
-                line = line.removeprefix(BYTE_ORDER_MARK)
-            if line.strip():
-                yield _row(index, f"line {number}", line)
-                index += 1
+        yield from read_lines(lines)
+
+
+def read_lines(lines: Iterable[bytes]) -> Iterator[RawRow]:
+    """A row per non-blank line, as `open_jsonl` reads them."""
+    index = 0
+    for number, line in enumerate(lines, 1):
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if line.strip():
+            yield _row(index, f"line {number}", line)
+            index += 1
 
 
 def _row(index: int, place: str, line: bytes) -> RawRow:

@@ -1,0 +1,243 @@
+"""`rlalign decode reflect` as a function: problems of a domain in, one record each out."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from rlalign.models.building import Progress
+from rlalign.tasks.errors import TaskError
+from rlalign.tasks.jsonl import read_lines
+from rlalign.testtime.domain import Domain, Item, open_domain
+from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.page import Entry, write_page
+from rlalign.testtime.rating import Rating
+from rlalign.testtime.reflect import ReflectResult
+
+NUM_ITEMS = 20
+BATCH = 16  # problems that share forward passes
+MAX_PICTURES = 100  # of a page
+RECORDS, PAGE = "results.jsonl", "index.html"
+
+Record = dict[str, Any]
+
+
+@dataclass
+class Summary:
+    """What came out of a run. `skipped` says of each line left out why."""
+
+    records: list[Record] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    wall_s: float = 0.0
+    page: Path | None = None
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Names and figures, for a table."""
+        num = len(self.records)
+        rows = [("problems", f"{num}"), ("lines skipped", f"{len(self.skipped)}")]
+        if not num:
+            return rows
+        for name in ("hard", "score"):
+            rows.append((f"{name}, mean", self._change("before", "after", name)))
+        rows.append(("safe", self._change("before", "after", "is_safe")))
+        for name in self.records[0]["measured"]["before"]:
+            before, after = (self._mean("measured", when, name) for when in ("before", "after"))
+            rows.append((f"{name}, mean", f"{before:.3f} -> {after:.3f}"))
+        for name in ("iterations", "forwards", "row_forwards", "scorer_calls"):
+            rows.append((f"{name}, mean", f"{self._mean(name):.1f}"))
+        stops = Counter(record["stop"] for record in self.records)
+        rows.append(("stopped", ", ".join(f"{name} {n}" for name, n in stops.most_common())))
+        num_bad = sum(record["bad_scores"] for record in self.records)
+        rows.append(("scores that were not numbers", f"{num_bad}"))
+        rows.append(("time", f"{self.wall_s:.1f} s, {1000 * self.wall_s / num:.0f} ms each"))
+        return rows
+
+    def _change(self, before: str, after: str, name: str) -> str:
+        return f"{self._mean(before, name):.3f} -> {self._mean(after, name):.3f}"
+
+    def _mean(self, *path: str) -> float:
+        total = 0.0
+        for record in self.records:
+            value: Any = record
+            for name in path:
+                value = value[name]
+            total += float(value)
+        return total / len(self.records)
+
+
+def decode_reflect(
+    domain: str | Domain,
+    overrides: Sequence[str] = (),
+    *,
+    num: int | None = None,
+    source: str | Path | None = None,
+    out: str | Path | None = None,
+    skip_bad: bool = False,
+    on_record: Callable[[Record], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    building: Progress | None = None,
+    **options: Any,
+) -> Summary:
+    """Write and repair a sequence for each problem: `num` of the domain's own (20 by default), or
+    those of the JSONL file `source` (`-`: stdin; at most `num`).
+
+    `overrides` are key=value options of `ReflectConfig`, `options` the domain's own. `on_record` is
+    given each record as it is ready, `on_progress` (done, in all). `out` is a folder for
+    results.jsonl and index.html, a page to look at.
+
+    Raises DecodeError for a line that cannot be used, before anything is decoded (`skip_bad` leaves
+    such lines out and counts them), and where `out` holds results already; what `open_domain` and
+    the domain's verifier raise.
+
+    >>> decode_reflect("sudoku", ["steps=4"], num=5, blanks=10).rows()
+    """
+    folder = _unclaimed(out)
+    if num is not None and num < 1:
+        raise DecodeError(f"num={num}: at least 1 problem is needed")
+    world = open_domain(domain, overrides, options, building) if isinstance(domain, str) else domain
+    summary = Summary()
+    if source is None:
+        items = [world.make(index) for index in range(NUM_ITEMS if num is None else num)]
+    else:
+        for name in sorted(world.OWN & set(options)):
+            raise DecodeError(
+                f"{name} shapes problems of {domain}'s own: leave out {name} or input"
+            )
+        items, summary.skipped = _read(world, str(source), num, skip_bad)
+    begun, entries = time.monotonic(), []
+    with _writer(folder) as file:
+        for item, result in _decode(world, items, on_progress):
+            record = make_record(world, item, result)
+            summary.records.append(record)
+            if file is not None:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                picture = world.picture(item, result) if len(entries) < MAX_PICTURES else ""
+                entries.append(Entry(record, picture))
+            if on_record is not None:
+                on_record(record)
+    summary.wall_s = time.monotonic() - begun
+    if folder is not None:
+        summary.page = write_page(folder / PAGE, entries, summary.rows())
+    return summary
+
+
+def make_record(domain: Domain, item: Item, result: ReflectResult) -> Record:
+    """One line of the output."""
+
+    def rating(value: Rating) -> Record:
+        return {
+            "hard": value.hard,
+            "score": value.score,
+            "is_safe": value.is_safe,
+            "violated": list(value.violated),
+        }
+
+    return {
+        "id": item.problem.id,
+        "draft": domain.describe(item, result.draft_T),
+        "result": domain.describe(item, result.ids_T),
+        "stop": str(result.stop),
+        "is_safe": result.is_safe,
+        "before": rating(result.before),
+        "after": rating(result.after),
+        "measured": {
+            "before": domain.measure(item, result.draft_T),
+            "after": domain.measure(item, result.ids_T),
+        },
+        "iterations": result.iterations,
+        "forwards": result.forwards,
+        "row_forwards": result.row_forwards,
+        "scorer_calls": result.scorer_calls,
+        "bad_scores": result.bad_scores,
+        "edits": [
+            {"unit": e.unit, "old": e.old, "new": e.new, "score": e.rating.score}
+            for e in result.trace
+        ],
+    }
+
+
+def _decode(
+    domain: Domain, items: Sequence[Item], on_progress: Callable[[int, int], None] | None
+) -> Iterator[tuple[Item, ReflectResult]]:
+    done = 0
+    for first in range(0, len(items), BATCH):
+        batch = items[first : first + BATCH]
+        results = domain.reflector.run_many([item.problem for item in batch])
+        for pair in zip(batch, results, strict=True):
+            yield pair
+            done += 1
+            if on_progress is not None:
+                on_progress(done, len(items))
+
+
+def _read(
+    domain: Domain, source: str, num: int | None, skip_bad: bool
+) -> tuple[list[Item], list[str]]:
+    """The problems of a file, and why lines were left out."""
+    items, skipped = [], []
+    name = "stdin" if source == "-" else source
+    with _lines(source) as lines:
+        for row in read_lines(lines):
+            if len(items) == num:
+                break
+            try:
+                if row.value is None:
+                    raise TaskError(row.problem)
+                items.append(domain.read(row.value, f"{Path(name).stem}/{row.index}"))
+            except TaskError as error:
+                problem = f"{name}, {row.place}: {error}"
+                if not skip_bad:
+                    raise DecodeError(
+                        f"{problem}. Mend the line, or leave such lines out with --skip-bad"
+                    ) from error
+                skipped.append(problem)
+    if not items:
+        raise DecodeError(
+            f"{name} holds no problem that can be used ({len(skipped)} lines skipped"
+            + (f"; the first: {skipped[0]})" if skipped else "): give a line each")
+        )
+    return items, skipped
+
+
+@contextmanager
+def _lines(source: str) -> Iterator[IO[bytes]]:
+    if source == "-":
+        yield sys.stdin.buffer
+        return
+    if not Path(source).is_file():
+        raise DecodeError(f"{source} is not a file: give a JSONL file of problems, or - for stdin")
+    with Path(source).open("rb") as file:
+        yield file
+
+
+def _unclaimed(out: str | Path | None) -> Path | None:
+    """The folder for results, which holds none yet and may not exist."""
+    if out is None:
+        return None
+    folder = Path(out)
+    if (folder / RECORDS).exists():
+        raise DecodeError(
+            f"{folder} holds {RECORDS} already, which would be lost: choose another folder"
+        )
+    return folder
+
+
+@contextmanager
+def _writer(folder: Path | None) -> Iterator[IO[str] | None]:
+    if folder is None:
+        yield None
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DecodeError(f"{folder} cannot be made ({error}): choose another folder") from error
+    with (folder / RECORDS).open("x") as file:
+        yield file
