@@ -101,10 +101,10 @@ class MaskedTraining:
     completion_length: int
     alphabet: str  # letters that texts are made of, each a token
     demonstrations: Callable[[int], Iterator[tuple[str, str]]]
-    hidden: int = 64
+    hidden: int = 96
     layers: int = 2
     heads: int = 4
-    mlp: int = 256
+    mlp: int = 384
     max_positions: int = 128
     steps: int = 900
     batch_size: int = 128
