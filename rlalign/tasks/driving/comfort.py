@@ -1,8 +1,8 @@
 """Is a motion comfortable? Accelerations, jerks and turning rates within the bounds of nuPlan.
 
 Derivatives come from the states alone, smoothed before they are judged: "simple" by means of 7
-instants, "full" by local polynomials (Savitzky and Golay 1964) of the windows that navsim v1.1 uses.
-Both are matrices, computed once.
+instants, "full" by local polynomials (Savitzky and Golay 1964) of the windows of navsim v1.1. Both
+are matrices, computed once.
 
 Legend: K candidates, T instants 0.1 s apart.
 """
@@ -69,11 +69,11 @@ def _in_ego_axes(vector_KT2: ndarray, heading_KT: ndarray) -> tuple[ndarray, nda
 
 
 def _below(value_KT: ndarray, bound: float) -> ndarray:
-    return (np.abs(value_KT) < bound).all(1)
+    return np.all(np.abs(value_KT) < bound, axis=1)
 
 
 def _between(value_KT: ndarray, bounds: tuple[float, float]) -> ndarray:
-    return ((value_KT > bounds[0]) & (value_KT < bounds[1])).all(1)
+    return np.all((value_KT > bounds[0]) & (value_KT < bounds[1]), axis=1)
 
 
 @functools.cache

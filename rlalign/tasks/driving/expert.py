@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 from numpy import ndarray
 
-from rlalign.tasks.driving.geometry import arc_lengths, headings
 from rlalign.tasks.driving.generate import draw_scene
+from rlalign.tasks.driving.geometry import arc_lengths, headings
 from rlalign.tasks.driving.scenes import DT_S, INSTANTS_PER_WAYPOINT, NUM_INSTANTS, Scene
 from rlalign.tasks.driving.scorer import Scorer
 from rlalign.tasks.driving.tracker import headings_of

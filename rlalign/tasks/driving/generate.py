@@ -1,8 +1,8 @@
 """Roads and traffic, drawn at random: what a planner has to cope with.
 
-A road is one lane that goes straight (30 %), turns left or right by 90 degrees (20 % each) or bends
-gently (30 %), perhaps with a neighbour lane on either side, and 0.6 m of shoulder. Traffic: a leader
-that may brake, cars on the neighbour lanes, and a car parked half in the way.
+A road is one lane that goes straight (30 %), turns left or right by 90 degrees (20 % each) or
+bends gently (30 %), perhaps with a neighbour lane on either side, and 0.6 m of shoulder. Traffic: a
+leader that may brake, cars on the neighbour lanes, and a car parked half in the way.
 
 Legend: P points of a polyline 1 m apart, T = 51 instants.
 """
@@ -60,7 +60,7 @@ def _path(rng: np.random.Generator, shape: str) -> tuple[ndarray, ndarray]:
     if shape == "bend":
         curvature_P[:] = rng.uniform(-MAX_BEND, MAX_BEND)
     elif shape != "straight":
-        # The share of each metre that lies in the turn, so that it is 90 degrees whatever its start.
+        # The share of each metre that lies in the turn: it is 90 degrees wherever it starts.
         end = start + radius * np.pi / 2
         overlap_P = np.minimum(at_P + SPACING_M, end) - np.maximum(at_P, start)
         share_P = np.clip(overlap_P / SPACING_M, 0, 1)

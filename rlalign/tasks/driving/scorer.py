@@ -2,7 +2,7 @@
 
     PDMS = H Q,   H = NC DAC,   Q = (5 EP + 5 TTC + 2 C) / 12
 
-    NC   1, or 0 after a collision that is the ego vehicle's fault, 0.5 if it was with a static object
+    NC   1; 0 after a collision that is the ego vehicle's fault, 0.5 if with a static object
     DAC  1 if all four corners are in the drivable area at all times, else 0
     TTC  1 unless the ego vehicle, going on as it does for 0.9 s, would hit someone ahead
     C    1 if the motion is comfortable (comfort.py)
@@ -10,9 +10,9 @@
 
 A collision is nobody's fault while the ego vehicle stands or is hit from behind; it is the ego's
 when the other stands or its own front bumper hits. Others touched at the first instant, or first
-touched without fault, do not count again. "full" adds to this reading what navsim judges with lanes:
-collisions at the side, and near ones, count when the ego vehicle straddles lanes or is off the road;
-C has all bounds; EP is that of the better of plan and expert, H included.
+touched without fault, do not count again. "full" adds what navsim judges with lanes: collisions at
+the side, and near ones, count while the ego vehicle straddles lanes or is off the road; C has all
+bounds; EP is H times progress, divided by the better of plan and expert.
 
 Source: arXiv 2509.20109 appendix C; Dauner et al., arXiv 2406.15349. Legend: K candidates, T = 41
 instants, U road users, M pairs that may meet, N waypoints.
@@ -127,7 +127,7 @@ class Scorer:
     def inside(self, centre_KT3: ndarray) -> ndarray:
         """Whether the whole ego box at `centre_KT3` is in the drivable area, its border included:
         bool [K, T], for any number of instants."""
-        return self._covers(self.drivable, centre_KT3).all(-1)
+        return np.all(self._covers(self.drivable, centre_KT3), axis=-1)
 
     def progress_m(self, states_KT3: ndarray) -> ndarray:
         """Metres along the route, 0 at least: [K]."""
