@@ -47,7 +47,7 @@ def draw_scene(seed: int, attempt: int = 0) -> Scene | None:
     left_P2 = shifted(points_P2, heading_P, edge_m + LANE_M * has_left)
     right_P2 = shifted(points_P2, heading_P, -edge_m - LANE_M * has_right)
     drivable_P2 = np.concatenate([right_P2, left_P2[::-1]])
-    users = _traffic(rng, speed, lanes)
+    users = _traffic(rng, speed, lanes, offsets)
     command = shape if turns else "straight"
     return None if _crowded(users) else Scene(seed, command, speed, lanes, 0, drivable_P2, users)
 
@@ -75,12 +75,12 @@ def _path(rng: np.random.Generator, shape: str) -> tuple[ndarray, ndarray]:
 
 
 def _traffic(
-    rng: np.random.Generator, speed: float, lanes: tuple[Lane, ...]
+    rng: np.random.Generator, speed: float, lanes: tuple[Lane, ...], offsets: list[float]
 ) -> tuple[RoadUser, ...]:
-    route, *neighbours = lanes
-    users, swerve = [], 0.0
+    (route, _), *neighbours = zip(lanes, offsets, strict=True)
+    users, side, swerve = [], 0.0, 0.0
     if rng.random() < 0.45:
-        side = rng.choice((-1.0, 1.0))
+        side = float(rng.choice((-1.0, 1.0)))
         offset = rng.uniform(1.6, 2.2)
         users.append(_drive(route, rng.uniform(10, 45), 0.0, 0.0, side * offset, "static"))
         swerve = -side * max(CAR_WIDTH_M + CLEARANCE_M - offset, 0)
@@ -88,8 +88,8 @@ def _traffic(
         start, share = rng.uniform(9, 30), rng.uniform(0, 1)
         braking = rng.choice((0.0, -2.0, -3.5), p=(0.6, 0.2, 0.2))
         users.append(_drive(route, start, share * speed, float(braking), swerve))
-    for lane in neighbours:
-        if rng.random() < 0.6:
+    for lane, offset_m in neighbours:
+        if rng.random() < 0.6 and offset_m * side <= 0:  # it would drive through the parked car
             start, share = rng.uniform(-15, 25), rng.uniform(0.6, 1.2)
             users.append(_drive(lane, start, share * speed))
     return tuple(users)

@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 
 
 class DrivingVerifier:
-    """Judges plans of one scene. `oracle` is who knows the others' future: "gt" to measure, "cv" for
-    a search that may only extrapolate. `with_ttc` lets a near collision make a waypoint unsafe too.
+    """Judges plans of one scene. `oracle` is who knows the others' future: "gt" to measure, "cv"
+    for a search that may only extrapolate. `with_ttc` lets a near collision make a waypoint unsafe.
 
     Raises TaskError as `Scorer` does.
     """
