@@ -113,8 +113,8 @@ class Scorer:
         inside_KT = self.inside(centre_KT3)
         # Off the road or astride lanes, the side counts too; the simple reading knows no lanes.
         loose_KT = ~inside_KT | self._astride(centre_KT3) if self.full else np.zeros_like(inside_KT)
-        nc_KT, ignored_KU = self._collisions(states_KT3, velocity_KT2, centre_KT3, loose_KT)
-        ttc_KT = self._near(states_KT3, velocity_KT2, centre_KT3, loose_KT, ignored_KU)
+        nc_KT, overlapped_KU = self._collisions(states_KT3, velocity_KT2, centre_KT3, loose_KT)
+        ttc_KT = self._near(states_KT3, velocity_KT2, loose_KT, overlapped_KU)
         dac_KT = inside_KT.astype(float)
         nc_K, dac_K, ttc_K = nc_KT.min(1), dac_KT.min(1), ttc_KT.min(1)
         hard_K = nc_K * dac_K
@@ -151,7 +151,7 @@ class Scorer:
     def _collisions(
         self, states_KT3: ndarray, velocity_KT2: ndarray, centre_KT3: ndarray, loose_KT: ndarray
     ) -> tuple[ndarray, ndarray]:
-        """NC at each instant [K, T], and the users that do not count [K, U]."""
+        """NC at each instant [K, T], and the users touched at the first one [K, U]."""
         shape = (*states_KT3.shape[:2], len(self.value_U))
         hit_KTU, fault_KTU = np.zeros(shape, bool), np.zeros(shape, bool)
         k, t, u = self._meeting(centre_KT3, 0)
@@ -167,29 +167,29 @@ class Scorer:
         excused_KTU[:, 0] = hit_KTU[:, 0]
         excused_KTU = np.logical_or.accumulate(excused_KTU, axis=1)
         worth_KTU = np.where(hit_KTU & ~excused_KTU, self.value_U, 1.0)
-        return worth_KTU.min(2, initial=1.0), excused_KTU[:, -1]
+        return worth_KTU.min(2, initial=1.0), hit_KTU[:, 0]
 
     def _near(
-        self,
-        states_KT3: ndarray,
-        velocity_KT2: ndarray,
-        centre_KT3: ndarray,
-        loose_KT: ndarray,
-        ignored_KU: ndarray,
+        self, states_KT3: ndarray, velocity_KT2: ndarray, loose_KT: ndarray, ignored_KU: ndarray
     ) -> ndarray:
-        """TTC at each instant, 0 or 1: [K, T]."""
-        ttc_KT = np.ones(states_KT3.shape[:2])
+        """TTC at each instant, 0 or 1: [K, T]. A user first met without being ahead is ignored
+        from then on, in the order of (instant, how far it looks ahead)."""
         moving_KT = np.hypot(velocity_KT2[..., 0], velocity_KT2[..., 1]) >= NO_PROJECTION_BELOW
-        for later in (0, *LOOK_AHEAD) if self.full else LOOK_AHEAD:
-            projected_KT3 = centre_KT3.copy()
-            projected_KT3[..., :2] += later * DT_S * velocity_KT2
-            k, t, u = self._meeting(projected_KT3, later)
+        looks = (0, *LOOK_AHEAD) if self.full else LOOK_AHEAD
+        shape = (*loose_KT.shape, len(looks), len(self.value_U))
+        hit_KTLU, ahead_KTLU = np.zeros(shape, bool), np.zeros(shape, bool)
+        for look, later in enumerate(looks):
+            centre_KT3 = _ahead(states_KT3, EGO_CENTRE_M)
+            centre_KT3[..., :2] += later * DT_S * velocity_KT2
+            k, t, u = self._meeting(centre_KT3, later)
             x_M, y_M = _local(states_KT3[k, t], self.pose_UT3[u, t + later])
-            ahead_M = x_M > AHEAD_COS * np.hypot(x_M, y_M)
-            beside_M = (x_M >= -AHEAD_COS * np.hypot(x_M, y_M)) & loose_KT[k, t]
-            counts_M = (ahead_M | beside_M) & moving_KT[k, t] & ~ignored_KU[k, u]
-            ttc_KT[k[counts_M], t[counts_M]] = 0
-        return ttc_KT
+            cone_M = AHEAD_COS * np.hypot(x_M, y_M)
+            hit_KTLU[k, t, look, u] = moving_KT[k, t] & ~ignored_KU[k, u]
+            ahead_KTLU[k, t, look, u] = (x_M > cone_M) | (loose_KT[k, t] & (x_M >= -cone_M))
+        excused_KTLU = np.logical_or.accumulate(
+            (hit_KTLU & ~ahead_KTLU).reshape(shape[0], -1, shape[3]), axis=1
+        ).reshape(shape)
+        return np.where(np.any(hit_KTLU & ~excused_KTLU, axis=(2, 3)), 0.0, 1.0)
 
     def _meeting(self, centre_KT3: ndarray, later: int) -> tuple[ndarray, ndarray, ndarray]:
         """The (candidate, instant, user) whose boxes meet, the users' `later` instants on."""
