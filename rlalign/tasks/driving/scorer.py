@@ -182,13 +182,14 @@ class Scorer:
             centre_KT3 = _ahead(states_KT3, EGO_CENTRE_M)
             centre_KT3[..., :2] += later * DT_S * velocity_KT2
             k, t, u = self._meeting(centre_KT3, later)
+            # Where they will be, seen from where the ego vehicle is now: so navsim has it.
             x_M, y_M = _local(states_KT3[k, t], self.pose_UT3[u, t + later])
             cone_M = AHEAD_COS * np.hypot(x_M, y_M)
             hit_KTLU[k, t, look, u] = moving_KT[k, t] & ~ignored_KU[k, u]
             ahead_KTLU[k, t, look, u] = (x_M > cone_M) | (loose_KT[k, t] & (x_M >= -cone_M))
-        excused_KTLU = np.logical_or.accumulate(
-            (hit_KTLU & ~ahead_KTLU).reshape(shape[0], -1, shape[3]), axis=1
-        ).reshape(shape)
+        in_order = (shape[0], shape[1] * shape[2], shape[3])
+        passed_KQU = (hit_KTLU & ~ahead_KTLU).reshape(in_order)
+        excused_KTLU = np.logical_or.accumulate(passed_KQU, axis=1).reshape(shape)
         return np.where(np.any(hit_KTLU & ~excused_KTLU, axis=(2, 3)), 0.0, 1.0)
 
     def _meeting(self, centre_KT3: ndarray, later: int) -> tuple[ndarray, ndarray, ndarray]:
