@@ -62,7 +62,7 @@ class PlannerRecipe:
     heads: int = 4
 
 
-RECIPES = {"full": PlannerRecipe(), "smoke": PlannerRecipe(num_scenes=500, steps=300)}
+RECIPES = {"full": PlannerRecipe(), "smoke": PlannerRecipe(num_scenes=500, steps=300, batch_size=64)}
 
 
 def build_planner(

@@ -45,6 +45,13 @@ class TestByHand:
         scores = judge(straight_scene([road_user(25, kind=kind)]), straight_plan(), fidelity)
         assert scores.nc_K == value and scores.hard_K == value
 
+    def test_a_side_that_meets_what_stands_is_at_fault_and_what_moves_is_not(self, fidelity):
+        plan = straight_plan(0.5)
+        plan[0, :, 1] = np.linspace(0, 1.0, 41)  # it slides to the left, within its lane
+        for vx, value in ((0.0, 0), (0.5, 1)):
+            user = road_user(1.0, 2.5, vx=vx)
+            assert judge(straight_scene([user], speed=0.5), plan, fidelity).nc_K == value
+
     def test_it_is_a_matter_of_centimetres(self, fidelity):
         for gap, value in ((-0.01, 0.5), (0.01, 1)):
             user = road_user(END + FRONT + 2 + gap, kind="static")
@@ -121,10 +128,18 @@ def test_only_full_sees_the_side_and_only_off_lane():
     lean = straight_plan(heading=np.arctan2(3.5, 32.0))
     for fidelity, value in (("simple", 1), ("full", 0)):
         assert judge(straight_scene([beside]), lean, fidelity).nc_K == value
-    # In its own lane it is the other who came too close.
+    # In its own lane it is the other who came too close; with its side on the line it is in it.
     cutting_in = road_user(1.0, 4.0, vx=8.0, vy=-1.0)
     for fidelity in ("simple", "full"):
-        assert judge(straight_scene([cutting_in]), straight_plan(), fidelity).nc_K == 1
+        for y in (0.0, 1.0):
+            assert judge(straight_scene([cutting_in]), straight_plan(y=y), fidelity).nc_K == 1
+
+
+def test_full_gives_no_credit_for_the_way_that_broke_a_hard_rule():
+    off_road = straight_plan(y=9)
+    for bound in (0.0, END):
+        assert judge(straight_scene(progress_m=bound), off_road).progress_K == 1
+        assert judge(straight_scene(progress_m=bound), off_road, "full").progress_K == 0
 
 
 @pytest.mark.parametrize("fidelity", ["simple", "full"])
