@@ -40,7 +40,7 @@ from rlalign.tasks.driving.scenes import Scene
 
 NAME = "toydrive"
 FIRST_TEST_SEED = 1_000_000  # training scenes have seeds below, those that measure from here on
-NUM_FINGERPRINT = 8  # scenes that enter the digest of a recipe
+NUM_FINGERPRINT = 32  # scenes that enter the digest of a recipe
 SCENES_FILE = "scenes.safetensors"
 MAX_GRAD_NORM = 1.0
 
@@ -62,7 +62,10 @@ class PlannerRecipe:
     heads: int = 4
 
 
-RECIPES = {"full": PlannerRecipe(), "smoke": PlannerRecipe(num_scenes=500, steps=300, batch_size=64)}
+RECIPES = {
+    "full": PlannerRecipe(),
+    "smoke": PlannerRecipe(num_scenes=500, steps=300, batch_size=64),
+}
 
 
 def build_planner(

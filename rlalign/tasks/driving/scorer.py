@@ -114,7 +114,7 @@ class Scorer:
         # Off the road or astride lanes, the side counts too; the simple reading knows no lanes.
         loose_KT = ~inside_KT | self._astride(centre_KT3) if self.full else np.zeros_like(inside_KT)
         nc_KT, overlapped_KU = self._collisions(states_KT3, velocity_KT2, centre_KT3, loose_KT)
-        ttc_KT = self._near(states_KT3, velocity_KT2, loose_KT, overlapped_KU)
+        ttc_KT = self._near(states_KT3, velocity_KT2, centre_KT3, loose_KT, overlapped_KU)
         dac_KT = inside_KT.astype(float)
         nc_K, dac_K, ttc_K = nc_KT.min(1), dac_KT.min(1), ttc_KT.min(1)
         hard_K = nc_K * dac_K
@@ -170,7 +170,12 @@ class Scorer:
         return worth_KTU.min(2, initial=1.0), hit_KTU[:, 0]
 
     def _near(
-        self, states_KT3: ndarray, velocity_KT2: ndarray, loose_KT: ndarray, ignored_KU: ndarray
+        self,
+        states_KT3: ndarray,
+        velocity_KT2: ndarray,
+        centre_KT3: ndarray,
+        loose_KT: ndarray,
+        ignored_KU: ndarray,
     ) -> ndarray:
         """TTC at each instant, 0 or 1: [K, T]. A user first met without being ahead is ignored
         from then on, in the order of (instant, how far it looks ahead)."""
@@ -179,9 +184,9 @@ class Scorer:
         shape = (*loose_KT.shape, len(looks), len(self.value_U))
         hit_KTLU, ahead_KTLU = np.zeros(shape, bool), np.zeros(shape, bool)
         for look, later in enumerate(looks):
-            centre_KT3 = _ahead(states_KT3, EGO_CENTRE_M)
-            centre_KT3[..., :2] += later * DT_S * velocity_KT2
-            k, t, u = self._meeting(centre_KT3, later)
+            on_its_way_KT3 = centre_KT3.copy()
+            on_its_way_KT3[..., :2] += later * DT_S * velocity_KT2
+            k, t, u = self._meeting(on_its_way_KT3, later)
             # Where they will be, seen from where the ego vehicle is now: so navsim has it.
             x_M, y_M = _local(states_KT3[k, t], self.pose_UT3[u, t + later])
             cone_M = AHEAD_COS * np.hypot(x_M, y_M)
