@@ -14,6 +14,7 @@ from rlalign.models.errors import ModelError
 from rlalign.models.masked_diffusion import Canvas
 from rlalign.models.planner import Planner, load_planner
 from rlalign.models.planner_train import (
+    FIRST_TEST_SEED,
     PlannerRecipe,
     build_planner,
     masked_loss,
@@ -22,6 +23,7 @@ from rlalign.models.planner_train import (
     train_recipe,
     training_data,
 )
+from rlalign.tasks.driving import Scorer, expert_distance, track
 
 pytest.importorskip("shapely")
 
@@ -154,3 +156,17 @@ def test_progress_names_both_stages(tmp_path):
 def test_another_size_is_refused():
     with pytest.raises(ModelError, match="full, smoke"):
         build_planner(0, "huge")
+
+
+@pytest.mark.slow
+def test_the_smoke_recipe_learns_to_drive(tmp_path):
+    """In one step, all tokens at once; an untrained planner is 42 m off, and never on the road."""
+    planner = load_planner(build_planner(0, "smoke", tmp_path, QUIET))
+    scenes = [planner_train.make_scene(FIRST_TEST_SEED + i) for i in range(40)]
+    ids_BT = planner.logits(planner.blank_canvas(scenes)).argmax(-1)
+    on_road, apart_m = [], []
+    for scene, ids_T in zip(scenes, ids_BT, strict=True):
+        states_KT3 = track(planner.codebook.decode(ids_T[None]), scene.speed)
+        apart_m.append(expert_distance(states_KT3, scene)[0])
+        on_road.append(Scorer(scene).score(states_KT3).dac_K[0])
+    assert np.mean(apart_m) < 10 and np.mean(on_road) > 0.3

@@ -71,7 +71,7 @@ def shifted(points_P2: ndarray, heading_P: ndarray, offset_m: float | ndarray) -
 def project(points_M2: ndarray, path_P2: ndarray) -> tuple[ndarray, ndarray]:
     """For each point, the nearest place of a polyline: metres along it [M], and metres away [M]."""
     start_P2, edge_P2 = path_P2[:-1], np.diff(path_P2, axis=0)
-    squared_P = (edge_P2**2).sum(-1)
+    squared_P = np.maximum((edge_P2**2).sum(-1), 1e-12)  # a point may come twice
     share_MP = points_M2 @ edge_P2.T - (start_P2 * edge_P2).sum(-1)
     share_MP = np.clip(share_MP / squared_P, 0, 1)
     x_MP = start_P2[:, 0] + share_MP * edge_P2[:, 0] - points_M2[:, :1]

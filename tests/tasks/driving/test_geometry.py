@@ -45,6 +45,8 @@ def test_projection_on_a_path():
     points = np.array([[3.0, 2.0], [12.0, 5.0], [-4.0, 3.0], [13.0, 14.0]])
     along, away = project(points, path)
     assert np.allclose(along, [3, 15, 0, 20]) and np.allclose(away, [2, 2, 5, 5])
+    twice = project(points, np.repeat(path, 2, axis=0))
+    assert np.allclose(twice[0], along) and np.allclose(twice[1], away)
     line = shapely.LineString(path)
     rng = np.random.default_rng(0)
     points = rng.uniform(-5, 15, (200, 2))

@@ -29,7 +29,7 @@ def test_it_is_python_3_9_and_imports_nothing_else_before_it_must():
 
 
 class RecordedScorer:
-    """Three plans after the devkit's own: 20 m without fault, 30 m with half a fault, 40 m off the
+    """Three plans after the devkit's own: 20 m without fault, 60 m with half a fault, 40 m off the
     road; the devkit's own plan makes 25 m."""
 
     def __init__(self, sampling):
@@ -40,7 +40,7 @@ class RecordedScorer:
         self.seen = observation
         self._multi_metrics = np.array([[1, 1, 0.5, 1], [1, 1, 1, 0.0]])
         self._weighted_metrics = np.array([[1, 1, 1, 1], [1, 0, 1, 1], [1, 1, 0, 1.0]])
-        self._progress_raw = np.array([25.0, 20, 30, 40])
+        self._progress_raw = np.array([25.0, 20, 60, 40])
         self._collision_time_idcs = np.array([np.inf, np.inf, 12, np.inf])
         self._ttc_time_idcs = np.array([np.inf, 7, np.inf, np.inf])
         self._ego_areas = np.zeros((4, 41, 3), bool)
@@ -87,13 +87,13 @@ def devkit(monkeypatch):
 
 
 def test_each_plan_is_measured_against_the_devkit_s_alone(devkit):
-    """Scored in one batch, 20 m of progress would be worth 20 / 25, whatever the others do."""
+    """20 m are worth 20 / 25; the devkit, scoring all in one batch, would say 20 / 30."""
     poses = np.zeros((3, 8, 3)).tolist()
     reply = devkit.score({"token": "scene", "poses": poses, "interval_s": 0.5, "oracle": "gt"})
     assert devkit.metric == "pdms-v1.1" and devkit.scorer.seen == "real"
-    assert reply["progress"] == pytest.approx([20 / 25, 15 / 25, 0])
+    assert reply["progress"] == pytest.approx([20 / 25, 1, 0])
     assert reply["nc"] == [1, 0.5, 1] and reply["dac"] == [1, 1, 0]
-    expected = [(5 * 0.8 + 0 + 2) / 12, 0.5 * (5 * 0.6 + 5 + 0) / 12, 0]
+    expected = [(5 * 0.8 + 0 + 2) / 12, 0.5 * (5 * 1 + 5 + 0) / 12, 0]
     assert reply["pdms"] == pytest.approx(expected)
     nc, dac, ttc = (np.array(reply[f"{name}_steps"]) for name in ("nc", "dac", "ttc"))
     assert nc[1, 12] == 0.5 and nc.sum() == 3 * 41 - 0.5
