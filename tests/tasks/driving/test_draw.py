@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import numpy as np
 import pytest
@@ -85,3 +86,9 @@ def test_files():
     assert gif.info["duration"] == 1500 and share(gif.convert("RGB"), VERMILION) > 0
     with pytest.raises(TaskError, match="no images"):
         reflection_gif([])
+
+
+def test_without_pillow_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    with pytest.raises(TaskError, match=r"rlalign\[drive\]"):
+        draw_plans(straight_scene(), [PlanView(straight_plan()[0], SAFE, "")])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import numpy as np
 import pytest
 
@@ -325,3 +327,9 @@ def test_coarse_tokens_followed_to_the_letter_ruin_an_expert():
     literal = Tracker(jerk=1e-9, acceleration=1e-9)
     assert mean_pdms(0.4, literal) < 82 < 88 < mean_pdms(0.4, Tracker())
     assert mean_pdms(0.25, Tracker()) > 93
+
+
+def test_without_shapely_the_error_names_the_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "shapely", None)
+    with pytest.raises(TaskError, match=r"rlalign\[drive\]"):
+        Scorer(straight_scene())
