@@ -31,7 +31,7 @@ NUM_TOKENS = 2 * NUM_WAYPOINTS
 
 
 class Planner(nn.Module):
-    """Plans of 8 waypoints in the tokens of `codebook`: 421,393 parameters by default."""
+    """Plans of 8 waypoints in the tokens of `codebook`: 418,673 parameters by default."""
 
     block_size = 0
 

@@ -74,7 +74,7 @@ def build_planner(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> Path:
-    """The folder of a planner: from the cache, or trained now, in about ten minutes on one core
+    """The folder of a planner: from the cache, or trained now, in about eight minutes on one core
     ("full") or half a minute ("smoke"). `load_planner` reads it.
 
     Raises ModelError for another size, and as `build_once` does; TaskError without shapely.
