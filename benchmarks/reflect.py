@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from rlalign.tasks.driving import Scorer, expert_distance, lane_distance, track
 
+from rlalign.tasks.driving import Scorer, expert_distance, lane_distance, track
 from rlalign.testtime import best_of
 from rlalign.testtime.domain import Item
 from rlalign.testtime.reflect import ReflectResult
