@@ -65,11 +65,10 @@ def demonstrations(seed: int) -> Iterator[tuple[str, str]]:
             yield f"{question}=", solve(question, slips)
 
 
-def steps_right(completions: list[Any], prompt: list[Any], **_: Any) -> list[float]:
+def steps_right(prompts: list[str], completions: list[str], **_: Any) -> list[float]:
     """A reward: the share of steps that have the right digit and follow from the one before."""
-    return [
-        _share(text, line.removesuffix("=")) for text, line in zip(completions, prompt, strict=True)
-    ]
+    pairs = zip(completions, prompts, strict=True)
+    return [_share(text, prompt.removesuffix("=")) for text, prompt in pairs]
 
 
 def _share(text: str, question: str) -> float:
