@@ -122,7 +122,8 @@ def expansion(name: str) -> list[tuple[str, Any]]:
     rows.append(("allocation.allocator", algorithm.allocator))
     if preset["adv_estimator"] == "tree":
         rows += [(f"tree.{key}", value) for key, value in _tree_preset(algorithm).items()]
-    for decision in ("credit", "loss"):
+    rows += [(f"likelihood.{key}", value) for key, value in algorithm.likelihood.items()]
+    for decision in ("credit", "loss", "pass_loss", "estimate_loss"):
         function = getattr(algorithm, decision)
         if function is not getattr(Algorithm, decision):
             rows.append((decision, f"{function.__module__}.{function.__qualname__}"))
@@ -147,6 +148,7 @@ def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) ->
         "likelihood": _resolve_likelihood(cfg.likelihood, algorithm, filled["policy_loss"]),
     }
     resolved = dataclasses.replace(cfg, **filled, **sections)
+    _check_fixed(algorithm, filled)
     check(resolved)
     return resolved
 
@@ -210,6 +212,18 @@ def couples_rows(cfg: AlgoConfig) -> bool:
 def needs_reference(cfg: AlgoConfig) -> bool:
     """Whether reference log-probs are needed at all."""
     return bool(cfg.beta) and cfg.likelihood.kl_to != "old"
+
+
+def needs_old_estimates(cfg: AlgoConfig) -> bool:
+    """Whether the policy that sampled must be asked for its log-probs under the masks of a batch:
+    as `needs_old_logp`, but not where nothing compares with them."""
+    compares = cfg.policy_loss != "reinforce" or cfg.use_bias_correction_kl
+    return needs_old_logp(cfg) and (compares or (bool(cfg.beta) and cfg.likelihood.kl_to == "old"))
+
+
+def of_diffusion(cfg: AlgoConfig) -> bool:
+    """Whether the algorithm is for diffusion language models alone."""
+    return bool(get(cfg.loss_type).likelihood)
 
 
 def silent_without_advantage(cfg: AlgoConfig) -> bool:
@@ -281,6 +295,16 @@ def _preset(algorithm: Algorithm, given: Mapping[str, Any]) -> dict[str, Any]:
         filled["epsilon_high"] = filled["epsilon"]
     filled["kl_estimator"] = ALIASES.get(filled["kl_estimator"], filled["kl_estimator"])
     return {key: filled.get(key) for key in PRESET_FIELDS}
+
+
+def _check_fixed(algorithm: Algorithm, filled: Mapping[str, Any]) -> None:
+    preset = _preset(algorithm, {})
+    for key in algorithm.fixed:
+        if filled[key] != preset[key]:
+            raise AlgoError(
+                f"algo.{key}={filled[key]} has no effect with loss_type={algorithm.name}, which "
+                "brings its own; leave it out"
+            )
 
 
 def _resolve_allocation(
