@@ -153,7 +153,9 @@ def estimate_metrics(logp_BJT: Tensor, batch: TrainBatch, estimator: str | None)
     counts_B = (batch.mask_BT.sum(1) > 0) & (num_passes(batch.masks) > 0).to(logp_BJT.device)
     rows = counts_B.sum().double()
     tokens = batch.mask_BT[counts_B].sum().double()
-    figures = {"elbo/per_token": (pass_BJ.mean(1)[counts_B].sum(), tokens)}
+    figures = {}
+    if estimator != "block_noise":  # whose passes have means
+        figures["elbo/per_token"] = (pass_BJ.mean(1)[counts_B].sum(), tokens)
     if estimator in BOUND and pass_BJ.shape[1] > 1:
         error_B = pass_BJ.std(1) / pass_BJ.shape[1] ** 0.5
         figures["elbo/std_error"] = (error_B[counts_B].sum(), rows)

@@ -21,7 +21,7 @@ from torch import Tensor
 from rlalign.algos.aggregate import depends_on_split
 from rlalign.algos.base import PRESET_FIELDS, Algorithm, PassLoss
 from rlalign.algos.checks import GROUP_BASELINES, check
-from rlalign.algos.elbo import combine
+from rlalign.algos.elbo import combine, sequence_loss
 from rlalign.algos.errors import AlgoError
 from rlalign.algos.kl import ALIASES
 from rlalign.algos.loss import LossOutput, corrects
@@ -181,10 +181,11 @@ def estimate_loss(
     algorithm = get(cfg.loss_type)
     if algorithm.estimate_loss is not None:
         return algorithm.estimate_loss(logp_BJT, batch, cfg, max_completion_length)
-    assert batch.masks is not None
+    masks = batch.masks
+    assert masks is not None
     if batch.logp_old_BJT is not None:
-        batch = batch.replace(logp_old_BT=combine(batch.logp_old_BJT, batch.masks))
-    output = algorithm.loss(combine(logp_BJT, batch.masks), batch, cfg)
+        batch = batch.replace(logp_old_BT=combine(batch.logp_old_BJT, masks))
+    output = algorithm.loss(combine(logp_BJT, masks), batch, cfg)
     if cfg.likelihood.estimator == "trace":  # the one that estimates what the sampler reported
         return output
     kept = {k: v for k, v in output.metrics.items() if not k.startswith("sampling/")}
@@ -214,6 +215,12 @@ def needs_reference(cfg: AlgoConfig) -> bool:
     return bool(cfg.beta) and cfg.likelihood.kl_to != "old"
 
 
+def has_sequence_ratio(cfg: AlgoConfig) -> bool:
+    """Whether estimates are compared per completion, divided as `likelihood.norm` says."""
+    algorithm = get(cfg.loss_type)
+    return algorithm.pass_loss is not None or algorithm.estimate_loss is sequence_loss
+
+
 def needs_old_estimates(cfg: AlgoConfig) -> bool:
     """Whether the policy that sampled must be asked for its log-probs under the masks of a batch:
     as `needs_old_logp`, but not where nothing compares with them."""
@@ -221,9 +228,11 @@ def needs_old_estimates(cfg: AlgoConfig) -> bool:
     return needs_old_logp(cfg) and (compares or (bool(cfg.beta) and cfg.likelihood.kl_to == "old"))
 
 
-def of_diffusion(cfg: AlgoConfig) -> bool:
-    """Whether the algorithm is for diffusion language models alone."""
-    return bool(get(cfg.loss_type).likelihood)
+def likelihood_preset(cfg: AlgoConfig) -> LikelihoodConfig:
+    """What `cfg.likelihood` is where a config says nothing of it; `cfg` is resolved."""
+    return _resolve_likelihood(
+        type(cfg.likelihood)(), get(cfg.loss_type), cfg.policy_loss or "ppo_clip"
+    )
 
 
 def silent_without_advantage(cfg: AlgoConfig) -> bool:

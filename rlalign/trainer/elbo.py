@@ -108,8 +108,7 @@ class ElboLikelihood:
             now_BJT = torch.zeros(minibatch.masks.weight_BJT.shape)
             if algos.slopes_need_values(minibatch, algo):
                 now_BJT = self.logp(engine, minibatch, config, world)
-            slope_BJT, figures = slopes(now_BJT, minibatch, algo, limit)
-            metrics.append(figures)
+            slope_BJT = slopes(now_BJT, minibatch, algo, limit)
         found_BJT = torch.zeros(minibatch.masks.weight_BJT.shape)
         pairs, mine = plan_passes(minibatch, config, world)
         for part in mine or [[]]:  # bernoulli may mask nothing at all, and a step still follows
@@ -131,6 +130,8 @@ class ElboLikelihood:
                 metrics.append(loss.metrics)
             found_BJT.view(-1)[passes.cell_M] = logp_M.detach().float().cpu()
         found_BJT = world.all_reduce_sum(found_BJT, "estimates")
+        if slope_BJT is not None:
+            metrics.append(algos.estimate_loss(found_BJT, minibatch, algo, limit).metrics)
         metrics.append(algos.estimate_metrics(found_BJT, minibatch, algo.likelihood.estimator))
         return sum(len(minibatch.sequences[row]) for row, _ in pairs)
 
@@ -257,13 +258,13 @@ def plan_passes(
 
 def slopes(
     logp_BJT: Tensor, batch: TrainBatch, algo: AlgoConfig, max_completion_length: int
-) -> tuple[Tensor, Metrics]:
-    """Derivative of the loss in each log-prob, [B, J, T], and the loss's figures."""
+) -> Tensor:
+    """Derivative of the loss in each log-prob: [B, J, T]."""
     leaf_BJT = logp_BJT.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = algos.estimate_loss(leaf_BJT, batch, algo, max_completion_length)
         (slope_BJT,) = torch.autograd.grad(output.loss, leaf_BJT)
-    return slope_BJT, output.metrics
+    return slope_BJT
 
 
 def changes(
