@@ -7,6 +7,7 @@ safetensors only: the older `.bin` files are pickles.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 
@@ -62,11 +63,11 @@ def load_tokenizer(cfg: ModelConfig, seed: int = 0) -> PreTrainedTokenizerBase:
     Raises ModelError where there is none, where it has no end-of-sequence token (a completion
     could never end), or where it needs code that is not trusted.
     """
-    folder = _folder(cfg.path, seed)
+    folder = model_folder(cfg.path, seed)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=cfg.trust_remote_code)
     except LOAD_ERRORS as error:
-        raise _load_error("tokenizer", folder, error) from error
+        raise load_error("tokenizer", folder, error) from error
     if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what no files at all come to
         raise ModelError(
             f"{folder} holds no tokenizer: save it there too, with tokenizer.save_pretrained"
@@ -89,9 +90,9 @@ def load_causal_lm(
     Raises ModelError where the folder holds no safetensors weights, where they do not fill the
     model (it would start with random ones), or where it needs code that is not trusted.
     """
-    folder = _folder(cfg.path, seed)
+    folder = model_folder(cfg.path, seed)
     if not any(folder.glob("*.safetensors")):
-        raise ModelError(_no_weights(folder))
+        raise ModelError(no_weights(folder))
     try:
         model, loaded = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]
             folder,
@@ -102,17 +103,22 @@ def load_causal_lm(
             output_loading_info=True,
         )
     except LOAD_ERRORS as error:
-        raise _load_error("model", folder, error) from error
-    if loaded["missing_keys"]:
-        missing = sorted(loaded["missing_keys"])
-        raise ModelError(
-            f"the weights in {folder} lack {len(missing)} of the model's tensors, the first "
-            f"{missing[0]!r}: the files are incomplete, or config.json is another model's"
-        )
+        raise load_error("model", folder, error) from error
+    refuse_incomplete(folder, loaded["missing_keys"])
     return model.to(device)
 
 
-def _folder(path: str, seed: int) -> Path:
+def refuse_incomplete(folder: Path, missing: Collection[str]) -> None:
+    """Raise ModelError if tensors of the model are `missing` in its files."""
+    if missing:
+        raise ModelError(
+            f"the weights in {folder} lack {len(missing)} of the model's tensors, the first "
+            f"{min(missing)!r}: the files are incomplete, or config.json is another model's"
+        )
+
+
+def model_folder(path: str, seed: int) -> Path:
+    """`resolve_model_path`, and it holds a config.json: else ModelError."""
     folder = Path(resolve_model_path(path, seed))
     if not (folder / "config.json").is_file():
         raise ModelError(
@@ -157,7 +163,8 @@ def _pipeline_files(index: Path) -> list[str]:
     return [PIPELINE_FILE, *(f"{name}/{files}" for name in parts for files in HUB_FILES)]
 
 
-def _no_weights(folder: Path) -> str:
+def no_weights(folder: Path) -> str:
+    """What to say of a folder without safetensors."""
     if any(folder.glob("*.bin")):
         return (
             f"{folder} holds weights as .bin files only, which are pickles and are not loaded: "
@@ -166,7 +173,8 @@ def _no_weights(folder: Path) -> str:
     return f"{folder} holds no weights (*.safetensors): the model was not saved there completely"
 
 
-def _load_error(what: str, folder: Path, error: BaseException) -> ModelError:
+def load_error(what: str, folder: Path, error: BaseException) -> ModelError:
+    """One of LOAD_ERRORS as ours."""
     text = str(error)
     if "trust_remote_code" in text:
         return ModelError(

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rlalign.config.schema import KernelsConfig, ModelConfig
+from rlalign.models.dropout import without_dropout
 from rlalign.models.errors import ModelError
 from rlalign.models.head import build_head, refuse_unless_own
 from rlalign.models.load import load_causal_lm
@@ -86,10 +87,10 @@ class Policy(nn.Module):
         Raises ModelError (or PackingError) where the model cannot be loaded, or where log-probs
         computed here differ from the model's own.
         """
-        model = _without_dropout(load_causal_lm(config, seed, device))
+        model = without_dropout(load_causal_lm(config, seed, device))
         reference = None
         if with_reference and not config.lora.rank:
-            reference = _without_dropout(load_causal_lm(config, seed, device))
+            reference = without_dropout(load_causal_lm(config, seed, device))
         if config.lora.rank:
             attach_lora(model, config.lora, seed)
         if config.gradient_checkpointing:
@@ -179,16 +180,6 @@ def _scatter(value_M: Tensor, cell_M: Tensor, shape: torch.Size) -> Tensor:
     """Values put at their cells of zeros; those without a cell (an idle row's) are left out."""
     empty = value_M.new_zeros(shape.numel())
     return empty.index_copy(0, cell_M, value_M[: len(cell_M)]).view(shape)
-
-
-def _without_dropout(model: PreTrainedModel) -> PreTrainedModel:
-    """Ratios compare policies, so the forward pass may not be random; train mode stays possible."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0  # type: ignore[assignment]
-    return model
 
 
 def _probe(rows: tuple[tuple[int, ...], ...]) -> TrainBatch:
