@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from rlalign.config import Config
 from rlalign.models.errors import ModelError
-from rlalign.models.lora import adapters_off, attach_lora, merged_weights
+from rlalign.models.lora import adapters_off, merged_weights
 from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM
 from rlalign.models.masked_load import load_masked_lm
 from rlalign.types import TrainBatch
@@ -73,8 +73,7 @@ class MaskedPolicy(nn.Module):
         lm = load()
         reference = load() if with_reference and not spec.lora.rank else None
         if spec.lora.rank:
-            attach_lora(lm.model, spec.lora, config.seed)
-            lm.rebuild_head()
+            lm.attach_lora(spec.lora, config.seed)
         if spec.gradient_checkpointing:
             lm.model.gradient_checkpointing_enable({"use_reentrant": False})
         return cls(lm, reference).train()

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 import rlalign
 from rlalign.algos import AlgoWarning
 from rlalign.config import Config
-from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM
+from rlalign.models.masked_diffusion import MaskedDiffusionLM
 from rlalign.models.random import init_model, small_config
 from rlalign.trainer.batch import make_train_batch
 from rlalign.trainer.distributed import World
-from rlalign.trainer.elbo import ElboLikelihood
+from rlalign.trainer.elbo import ElboLikelihood, temperature
 from rlalign.trainer.engine import StepResult
 from rlalign.trainer.masked_policy import MaskedPolicy
 from rlalign.trainer.update import minibatches, rows_with_gradient, with_weights
@@ -94,7 +94,7 @@ def make_groups(
         for i, size in enumerate(sizes):
             ids = tuple(torch.randint(0, EOS, (size,), generator=rng).tolist())
             steps = tuple((torch.randperm(size, generator=rng) // 2).tolist())
-            samples.append(Sample(f"p{g}", i, ids, (-1.0,) * size, "length", (), steps=steps))
+            samples.append(Sample(f"p{g}", i, ids, (-1.0,) * size, "stop", (), steps=steps))
         groups.append(Group(Prompt(f"p{g}", prompt, ""), tuple(samples)))
     return groups
 
@@ -149,7 +149,7 @@ class Case:
         """Of `loss(logp_BJT, batch)`, one autograd call through every pass."""
         batch = self.minibatch(iteration)
         self.policy.zero_grad(set_to_none=True)
-        loss(naive_logp(self.policy.lm, batch), batch).backward()
+        loss(naive_logp(self.policy.lm, batch, temperature(self.config)), batch).backward()
         return self.engine.gradient()
 
 
