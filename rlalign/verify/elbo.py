@@ -69,7 +69,7 @@ def _masks(valid_BT: Tensor, cfg: AlgoConfig, seed: int) -> Masks:
     weight_BJT = drawn.weight_BJT.double()
     if likelihood.estimator == "block_noise":  # means, which float32 rounds
         scored_BJT = weight_BJT != 0
-        weight_BJT = scored_BJT / (PASSES * scored_BJT.sum(2, keepdim=True)).clamp(min=1)
+        weight_BJT = scored_BJT.double() / (PASSES * scored_BJT.sum(2, keepdim=True)).clamp(min=1)
     return Masks(drawn.hidden_BJT, weight_BJT.double())
 
 

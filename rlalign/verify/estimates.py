@@ -47,7 +47,7 @@ def uniform_counts() -> float:
     """For each length, over as many seeds as give every start: the counts of a start follow from
     it, and all starts together have each number equally often."""
     errors = []
-    for length, passes in itertools.product((1, 2, 3, 8, 24, 40), (1, 2, 8, 16)):
+    for length, passes in itertools.product((1, 3, 8, 24), (1, 2, 16)):
         cfg = config("bgpo").likelihood
         cfg = dataclasses.replace(cfg, estimator="count_strat", num_mc_samples=passes)
         by_start: dict[int, list[int]] = {}
