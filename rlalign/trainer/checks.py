@@ -10,13 +10,13 @@ from rlalign.config import Config, ConfigError
 from rlalign.rewards.scorer import accuracy_index
 from rlalign.tasks import ScoredSet
 from rlalign.tasks.scored import check_transform
-from rlalign.trainer.diffusion_checks import check_diffusion_training
+from rlalign.trainer.estimate_checks import check_estimates
 from rlalign.trainer.flow_checks import check_flow
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
-    check_diffusion_training(config)
+    check_estimates(config)
     if config.rollout.engine == "flow":
         check_flow(config)
         _check_trainer(config)

@@ -116,6 +116,11 @@ RULES: tuple[Rule, ...] = (
         "algo.likelihood.estimator=trace with task.completions other than rollout: completions of "
         "the data come without the steps that decided their tokens; use count_strat",
     ),
+    Rule(
+        lambda c, _: _l(c).estimator == "trace" and c.rollout.diffusion.edit_threshold is not None,
+        "algo.likelihood.estimator=trace with rollout.diffusion.edit_threshold: a token that was "
+        "edited has two steps; leave one of them out",
+    ),
 )
 
 # Which settings are read by what alone, and how to say so.
@@ -137,7 +142,7 @@ READ_BY: dict[str, tuple[Callable[[Config], bool], str]] = {
 }
 
 
-def check_diffusion_training(config: Config) -> None:
+def check_estimates(config: Config) -> None:
     """Raise ConfigError for settings of the likelihood or the algorithm that would do nothing, or
     something else than they say, with this engine. The config is resolved."""
     own, algo = algos.get(config.algo.loss_type), config.algo
