@@ -108,6 +108,9 @@ def test_preferences_of_a_data_set_train_without_a_rollout(tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     offline = [f"task.train={data}", "task.completions=dataset", "rewards.functions=[]"]
+    offline.append(
+        "rollout.max_completion_length=7"
+    )  # the data's completions end with an end token
     config = small_config(tmp_path, *offline, source="configs/vrpo/mini.yaml")
     for row in rows_of(rlalign.train(config, quiet=True).path):
         assert row["optim/grad_norm"] > 0 and row["vrpo/accuracy"] in (0, 0.25, 0.5, 0.75, 1)
@@ -116,7 +119,10 @@ def test_preferences_of_a_data_set_train_without_a_rollout(tmp_path):
 SEVERAL = ["algo.num_iterations=2", "algo.num_minibatches=2", "trainer.max_steps=3"]
 
 
-@pytest.mark.parametrize("source", ["configs/bgpo/mini.yaml", "configs/espo/mini.yaml"])
+SLOW_ESPO = pytest.param("configs/espo/mini.yaml", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("source", ["configs/bgpo/mini.yaml", SLOW_ESPO])
 def test_a_resumed_run_ends_where_the_undisturbed_one_does(source, tmp_path):
     overrides = [*SEVERAL, "trainer.checkpoint_every=1", "trainer.keep_checkpoints=9"]
     whole = rlalign.train(small_config(tmp_path / "a", *overrides, source=source), quiet=True).path
@@ -167,6 +173,7 @@ TWO = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TWO)
 def test_two_processes_take_the_steps_of_one(case, tmp_path):
     """One of them has one micro-batch less to run."""
@@ -186,12 +193,11 @@ def test_two_processes_take_the_steps_of_one(case, tmp_path):
 def test_a_run_is_evaluated_and_drawn(tmp_path):
     config = small_config(tmp_path, "task.eval=mini:sort6", "trainer.eval_samples=1")
     result = rlalign.train(config, quiet=True)
-    assert 0.4 < result.summary["eval"]["before"]["pass@1"] < 0.8
+    assert result.summary["eval"]["before"]["pass@1"] > 0.9  # one sample: greedy
     checkpoint = result.path / "checkpoints" / "step_2"
     command = [sys.executable, "-m", "rlalign.cli"]
     for arguments in (
-        ["eval", str(ROOT / "configs/bgpo/mini.yaml"), "trainer.eval_samples=1"]
-        + ["--checkpoint", str(checkpoint)],
+        ["eval", str(ROOT / "configs/bgpo/mini.yaml"), "--checkpoint", str(checkpoint)],
         ["report", str(result.path)],
     ):
         done = subprocess.run(
