@@ -62,8 +62,8 @@ def pass_loss(
 def pass_ratio(change_M: Tensor, advantage_M: Tensor, cfg: AlgoConfig) -> Tensor:
     """r_j with its gradient."""
     negative_M = advantage_M < 0
-    # Where the linear branch is taken exp must not be formed: inf * 0 is NaN in backward.
-    bounded_M = torch.where(negative_M, change_M, 0.0).clamp(max=MAX_LOG_RATIO)
+    # Capped also where the linear branch is taken: inf * 0 would be NaN in backward.
+    bounded_M = change_M.clamp(max=MAX_LOG_RATIO)
     jensen_M = bounded_M.exp()
     if cfg.likelihood.surrogate == "quadratic":
         parabola_M = 1 + bounded_M + (math.e - 2) * bounded_M**2

@@ -1,6 +1,7 @@
 """Gradients of diffusion language models, one pass at a time: equal to autograd over all passes at
 once, in the memory of one, whatever the cut into micro-batches."""
 
+import dataclasses
 import math
 
 import pytest
@@ -279,3 +280,22 @@ def test_raft_averages_over_what_it_accepts():
     parts = [first.gradient(), second.gradient()]
     mean = {name: (parts[0][name] + parts[1][name]) / 2 for name in gradient}
     assert relative_error(gradient, mean) < 1e-6
+
+
+def test_policies_that_share_masks_differ_by_far_less_than_the_estimates_do():
+    """Over many draws: the noise of ell - ell_old under the same masks and under two sets."""
+    config = settings("algo.num_iterations=2", "algo.likelihood.num_mc_samples=4")
+    groups = make_groups([[6] * 40])
+    same = [groups[0].samples[0].token_ids] * 40
+    samples = tuple(
+        dataclasses.replace(sample, token_ids=ids)
+        for sample, ids in zip(groups[0].samples, same, strict=True)
+    )
+    groups = [dataclasses.replace(groups[0], samples=samples)]
+    case = Case(config, groups, [float(i % 2) for i in range(40)], moved=0.01)
+    now_BJT = case.likelihood.logp(case.engine, case.batch, config, case.engine.world)
+    masks = case.batch.masks
+    now_B = algos.combine(now_BJT, masks).sum(1)
+    old_B = algos.combine(case.batch.logp_old_BJT, masks).sum(1)
+    shared, independent = (now_B - old_B).std(), (now_B - old_B.roll(1)).std()
+    assert float(shared) < 0.3 * float(independent)
