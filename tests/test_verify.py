@@ -11,14 +11,19 @@ from rlalign import algos, verify
 from rlalign.algos import (
     advantage,
     aggregate,
+    bgpo,
     copg,
+    elbo,
     kl,
     loss,
+    masking,
     mismatch,
     segments,
+    spg,
     surrogate,
     tree,
     tree_advantage,
+    vrpo,
 )
 from rlalign.verify import table
 
@@ -183,6 +188,72 @@ RECURSION = "values and advantages of ragged trees = recursion in float64"
 def test_a_mistake_in_the_credit_of_trees_is_noticed(monkeypatch, mistake, algorithm, noticed_by):
     assert holds(noticed_by, algorithm)
     _mutate(monkeypatch, mistake)
+    assert not holds(noticed_by, algorithm)
+
+
+def _mutate_estimates(monkeypatch, name: str) -> None:
+    """One plausible mistake each."""
+    if name == "the other bound for bad completions":
+        monkeypatch.setattr(bgpo, "pass_ratio", lambda d, a, cfg: 1 + d)
+    elif name == "rounded counts":
+
+        def rounded(length, n, g, cfg):
+            first = int(torch.randint(0, length, (1,), generator=g))
+            spacing = torch.linspace(0, (n - 1) * length / n, n, dtype=torch.float64)
+            count_J = (first + spacing).round().long() % length + 1  # half to even
+            return masking._of_counts(count_J, length, g)
+
+        monkeypatch.setitem(masking.ESTIMATORS, "count_strat", rounded)
+    elif name == "later tokens seen":
+        whole = masking._trace
+
+        def late(step_L, block_L, shrink):
+            row = whole(step_L, block_L, shrink)
+            return row._replace(hidden_JL=row.weight_JL > 0)
+
+        monkeypatch.setattr(masking, "_trace", late)
+    elif name == "the reference forgotten":
+        gap = lambda logp_BJT, batch: elbo.combine(logp_BJT, batch.masks).sum(1)  # noqa: E731
+        monkeypatch.setattr(vrpo, "reference_gap", gap)
+        monkeypatch.setattr(elbo, "reference_gap", gap)
+    elif name == "no share of masked tokens":
+        whole_bound = spg.upper_bound
+
+        def bare(logp_BJT, masks, length_B, power):
+            return whole_bound(logp_BJT, masks, torch.ones_like(length_B), power)
+
+        monkeypatch.setattr(spg, "upper_bound", bare)
+    elif name == "another length":
+        monkeypatch.setattr(
+            elbo, "ratio_divisor", lambda batch, cfg, limit: torch.full((len(batch),), 7.0)
+        )
+    else:
+        raise ValueError(name)
+
+
+IN_LOOPS = "loss of all passes = the formula in float64 loops"
+
+
+@pytest.mark.parametrize(
+    ("mistake", "algorithm", "noticed_by"),
+    [
+        (
+            "the other bound for bad completions",
+            "bgpo",
+            "bgpo: the bound is one on 10,000 random cases, clipped too, and as in loops",
+        ),
+        ("rounded counts", "bgpo", "count_strat: every number of masked tokens equally often"),
+        ("later tokens seen", "tracerl", "trace: the sum is the log-prob of the sampler's choices"),
+        ("the reference forgotten", "vrpo", IN_LOOPS),
+        ("the reference forgotten", "espo", IN_LOOPS),
+        ("no share of masked tokens", "spg", IN_LOOPS),
+        ("another length", "bgpo", IN_LOOPS),
+        ("another length", "espo", "slopes = differences of the formula in loops"),
+    ],
+)
+def test_a_mistake_in_estimated_losses_is_noticed(monkeypatch, mistake, algorithm, noticed_by):
+    assert holds(noticed_by, algorithm)
+    _mutate_estimates(monkeypatch, mistake)
     assert not holds(noticed_by, algorithm)
 
 

@@ -67,7 +67,7 @@ class Loss(Protocol):
 
 class PassLoss(Protocol):
     """The loss of single passes of a diffusion language model, where it is a sum over them: see
-    bgpo.pass_loss."""
+    `bgpo.pass_loss`."""
 
     def __call__(
         self, change_M: Tensor, advantage_M: Tensor, weight_M: Tensor, cfg: AlgoConfig
@@ -75,7 +75,7 @@ class PassLoss(Protocol):
 
 
 class EstimateLoss(Protocol):
-    """The loss of the log-probs under every mask: see elbo.py and bgpo.exact_loss."""
+    """The loss of the log-probs under every mask: see elbo.py and `elbo.sequence_loss`."""
 
     def __call__(
         self, logp_BJT: Tensor, batch: TrainBatch, cfg: AlgoConfig, max_completion_length: int
@@ -88,7 +88,9 @@ class Algorithm:
 
     `defaults` fill the unset fields of `AlgoConfig` (keys from PRESET_FIELDS; those left out come
     from the shared defaults). `paper_settings` are further settings of the publication that a
-    config may want and that the preset does not impose. Raises AlgoError for an unknown key.
+    config may want and that the preset does not impose. `fixed` are PRESET_FIELDS that it does not
+    read, so a config that sets another value is refused. One with settings of `likelihood` is for
+    diffusion language models alone. Raises AlgoError for an unknown key.
 
     >>> Algorithm("mine", "GRPO with a wider upper clip.", "our notes", {"epsilon_high": 0.3})
     """
@@ -102,19 +104,16 @@ class Algorithm:
     couples_rows: bool = False  # a row's loss depends on the current log-probs of its whole group
     allocator: str = "uniform"  # how many samples each prompt gets: algos/allocate.py
     tree: Mapping[str, Any] = field(default_factory=dict)  # what `algo.tree` leaves open
-    likelihood: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # what `algo.likelihood` leaves open
+    likelihood: Mapping[str, Any] = field(default_factory=dict)  # what `algo.likelihood` does
+    fixed: tuple[str, ...] = ()
     credit: Credit = compute_advantages
     loss: Loss = policy_loss
     pass_loss: PassLoss | None = None
     estimate_loss: EstimateLoss | None = None
-    slopes_at_one: bool = (
-        True  # `estimate_loss` has slopes that no value enters while the ratio is 1
-    )
+    slopes_at_one: bool = True  # no value enters the slopes of `estimate_loss` where the ratio is 1
 
     def __post_init__(self) -> None:
-        unknown = sorted(set(self.defaults) - set(PRESET_FIELDS))
+        unknown = sorted({*self.defaults, *self.fixed} - set(PRESET_FIELDS))
         if unknown:
             raise AlgoError(
                 f"algorithm {self.name!r}: defaults has {', '.join(unknown)}, which a preset "

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from rlalign.config.schema import AlgoConfig
 
 
+Figures = dict[str, Tensor | tuple[Tensor, Tensor]]
+
+
 @dataclass(frozen=True, slots=True)
 class LossOutput:
     """`loss`: scalar with a graph; the sum over all micro-batches is the loss of the batch.
@@ -40,7 +43,7 @@ class LossOutput:
     """
 
     loss: Tensor
-    metrics: dict[str, Tensor | tuple[Tensor, Tensor]]
+    metrics: Figures
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,12 +163,10 @@ def _entropy(entropy_BT: Tensor | None, terms: Terms) -> Tensor:
     return torch.where(terms.inside_BT, entropy_BT, torch.zeros_like(entropy_BT))
 
 
-def _metrics(
-    terms: Terms, clipped: Clipped, entropy_BT: Tensor | None
-) -> dict[str, Tensor | tuple[Tensor, Tensor]]:
+def _metrics(terms: Terms, clipped: Clipped, entropy_BT: Tensor | None) -> Figures:
     inside_BT, logp_BT = terms.inside_BT, terms.logp_BT.detach()
     count = inside_BT.sum().to(logp_BT.dtype)
-    metrics: dict[str, Tensor | tuple[Tensor, Tensor]] = {
+    metrics: Figures = {
         f"clip_ratio/{name}": ((where_BT & inside_BT).sum().to(logp_BT.dtype), count)
         for name, where_BT in clipped.items()
     }

@@ -15,9 +15,10 @@ log-prob of writing it so (LLaDA, arXiv 2502.09992; BGPO, arXiv 2510.11683). Wit
 
 all have the mean B. Estimators of other things, for methods that use them: log-probs with all
 masked (all_masked: d1, arXiv 2504.12216), those averaged with a pair of complements (complement:
-DiffuCoder, arXiv 2506.20639), masks as a sampler that goes block by block sees them (block_noise:
-SPG, arXiv 2510.09541), and the masks that the sampler really saw (trace: TraceRL, arXiv
-2509.06949), for which the sum is the log-prob of its choices of tokens.
+DiffuCoder, arXiv 2506.20639), masks as a sampler that goes block by block may see them, each pass
+with the mean of what it masks (block_noise: SPG, arXiv 2510.09541), and the masks that the sampler
+really saw (trace: TraceRL, arXiv 2509.06949), for which the sum is the log-prob of its choices of
+tokens.
 
 Everything is a function of a row's seed, on the CPU, so all processes draw the same masks.
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from rlalign.config.schema import LikelihoodConfig
 
 COMPLEMENT_TIMES = (0.2, 0.8)
-NOISE = 0.15  # block_noise: share of masked tokens before the block
+NEVER = torch.iinfo(torch.int64).max  # the step of a token that the model did not decide
 
 
 class RowMasks(NamedTuple):
@@ -55,20 +56,25 @@ def draw_masks(
     seed_B: Sequence[int],
     cfg: LikelihoodConfig,
     *,
+    block_BT: Tensor | None = None,
     step_BT: Tensor | None = None,
     always_hidden_BT: Tensor | None = None,
 ) -> Masks:
     """Masks of every row: `valid_BT` (bool) are the tokens that may be masked and scored.
 
-    `always_hidden_BT` are masked in every pass and not scored; `step_BT` is the sampler's step of
-    each token, which `trace` needs. A row without a valid token has no pass with a weight.
+    `block_BT`, for `block_noise` and `trace`, is the number of each token's block (None: they are
+    one). `always_hidden_BT` are masked in every pass and not scored. `step_BT` is the sampler's
+    step of each token, which `trace` needs; one with -1 came from elsewhere, is masked and not
+    scored. A row without a valid token has no pass with a weight.
     Raises AlgoError for an estimator that lacks something or cannot take that number of passes.
     """
     rows = []
     generators = [torch.Generator().manual_seed(seed) for seed in seed_B]
+    if block_BT is None:
+        block_BT = torch.zeros(valid_BT.shape, dtype=torch.int64)
     for b, generator in enumerate(generators):
         step_L = None if step_BT is None else step_BT[b, valid_BT[b]]
-        rows.append(_row(int(valid_BT[b].sum()), step_L, generator, cfg))
+        rows.append(_row(block_BT[b, valid_BT[b]], step_L, generator, cfg))
     passes = max((len(row.weight_JL) for row in rows), default=0)
     hidden_BJT = torch.zeros(len(rows), passes, valid_BT.shape[1], dtype=torch.bool)
     weight_BJT = torch.zeros(hidden_BJT.shape)
@@ -82,17 +88,19 @@ def draw_masks(
 
 
 def _row(
-    length: int, step_L: Tensor | None, generator: torch.Generator, cfg: LikelihoodConfig
+    block_L: Tensor, step_L: Tensor | None, generator: torch.Generator, cfg: LikelihoodConfig
 ) -> RowMasks:
+    length = len(block_L)
     if cfg.estimator == "trace":
         if step_L is None:
             raise AlgoError(
                 "algo.likelihood.estimator=trace needs the step that decided each token, which "
                 "samples of rollout.engine=masked_diffusion have and those of the data have not"
             )
-        return _trace(step_L, cfg)
+        return _trace(step_L, block_L, cfg.shrink)
     draw = ESTIMATORS.get(cfg.estimator or "")
-    if draw is None or cfg.num_mc_samples is None:
+    by_block = cfg.estimator == "block_noise"
+    if not (draw or by_block) or cfg.num_mc_samples is None:
         raise AlgoError(
             f"algo.likelihood.estimator={cfg.estimator!r}, num_mc_samples={cfg.num_mc_samples}: "
             "pass the config through rlalign.algos.resolve first"
@@ -104,6 +112,9 @@ def _row(
         )
     if not length:
         return RowMasks(torch.zeros(0, 0, dtype=torch.bool), torch.zeros(0, 0))
+    if draw is None:
+        noise = cfg.prompt_mask_prob or 0.0
+        return _block_noise(block_L, cfg.num_mc_samples, generator, noise)
     return draw(length, cfg.num_mc_samples, generator, cfg)
 
 
@@ -153,31 +164,34 @@ def _complement(length: int, n: int, g: torch.Generator, cfg: LikelihoodConfig) 
     return RowMasks(hidden_JL, hidden_JL * (0.5 * factor_J1))
 
 
-def _block_noise(length: int, n: int, g: torch.Generator, cfg: LikelihoodConfig) -> RowMasks:
-    """One block is partly masked, later ones wholly, earlier ones a little; the masked tokens of
-    the block are scored, each pass with their mean."""
-    block_L = torch.arange(length) // cfg.block_length
-    chosen_J1 = torch.randint(0, int(block_L[-1]) + 1, (n, 1), generator=g)
-    time_J1, u_JL = torch.rand(n, 1, generator=g), torch.rand(n, length, generator=g)
+def _block_noise(block_L: Tensor, n: int, g: torch.Generator, noise: float) -> RowMasks:
+    """One block is partly masked, later ones wholly, a share `noise` of the tokens before it, too;
+    as few passes as possible choose the same block."""
+    label_K = block_L.unique()
+    order_K = label_K[torch.randperm(len(label_K), generator=g)]
+    chosen_J1 = order_K[torch.arange(n) % len(order_K)][:, None]
     inside_JL = block_L == chosen_J1
-    scored_JL = inside_JL & (u_JL < time_J1)
-    # A block with nothing masked teaches nothing: its token that came closest is.
-    lowest_JL = u_JL.masked_fill(~inside_JL, 2).argmin(1, keepdim=True) == torch.arange(length)
-    scored_JL |= lowest_JL & ~scored_JL.any(1, keepdim=True)
-    hidden_JL = scored_JL | (block_L > chosen_J1) | ((block_L < chosen_J1) & (u_JL < NOISE))
-    return RowMasks(hidden_JL, scored_JL / (n * scored_JL.sum(1, keepdim=True)))
+    size_J1 = inside_JL.sum(1, keepdim=True)
+    u_J1 = torch.rand(n, 1, dtype=torch.float64, generator=g)
+    count_J1 = (u_J1 * size_J1).long() + 1  # uniform on 1..size
+    place_JL = torch.rand(n, len(block_L), dtype=torch.float64, generator=g)
+    rank_JL = place_JL.masked_fill(~inside_JL, 2.0).argsort(1).argsort(1)  # the block's come first
+    noisy_JL = (block_L < chosen_J1) & (torch.rand(n, len(block_L), generator=g) < noise)
+    hidden_JL = (rank_JL < count_J1) | (block_L > chosen_J1) | noisy_JL
+    return RowMasks(hidden_JL, hidden_JL / (n * hidden_JL.sum(1, keepdim=True)))
 
 
-def _trace(step_L: Tensor, cfg: LikelihoodConfig) -> RowMasks:
+def _trace(step_L: Tensor, block_L: Tensor, shrink: int) -> RowMasks:
     """A pass for each step of the sampler, `shrink` steps of a block taken as one: it sees what was
     decided before."""
-    block_L = torch.arange(len(step_L)) // cfg.block_length
-    merged_L = step_L.clone()
+    merged_L = step_L.masked_fill(step_L < 0, NEVER)
+    decided_L = step_L >= 0
     for block in block_L.unique():
-        inside_L = block_L == block
-        first = int(step_L[inside_L].min())
-        merged_L[inside_L] = first + (step_L[inside_L] - first) // cfg.shrink * cfg.shrink
-    step_J1 = merged_L.unique()[:, None]
+        inside_L = decided_L & (block_L == block)
+        if bool(inside_L.any()):
+            since_L = step_L[inside_L] - step_L[inside_L].min()
+            merged_L[inside_L] -= since_L % shrink
+    step_J1 = merged_L[decided_L].unique()[:, None]
     return RowMasks(merged_L >= step_J1, (merged_L == step_J1).float())
 
 
@@ -213,6 +227,5 @@ ESTIMATORS: Mapping[str, Draw] = {
     "coupled": _coupled,
     "all_masked": _all_masked,
     "complement": _complement,
-    "block_noise": _block_noise,
 }
 PAIRED = ("count_anti", "coupled", "complement")

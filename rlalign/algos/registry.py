@@ -21,7 +21,7 @@ from torch import Tensor
 from rlalign.algos.aggregate import depends_on_split
 from rlalign.algos.base import PRESET_FIELDS, Algorithm, PassLoss
 from rlalign.algos.checks import GROUP_BASELINES, check
-from rlalign.algos.elbo import combine
+from rlalign.algos.elbo import combine, sequence_loss
 from rlalign.algos.errors import AlgoError
 from rlalign.algos.kl import ALIASES
 from rlalign.algos.loss import LossOutput, corrects
@@ -122,7 +122,8 @@ def expansion(name: str) -> list[tuple[str, Any]]:
     rows.append(("allocation.allocator", algorithm.allocator))
     if preset["adv_estimator"] == "tree":
         rows += [(f"tree.{key}", value) for key, value in _tree_preset(algorithm).items()]
-    for decision in ("credit", "loss"):
+    rows += [(f"likelihood.{key}", value) for key, value in algorithm.likelihood.items()]
+    for decision in ("credit", "loss", "pass_loss", "estimate_loss"):
         function = getattr(algorithm, decision)
         if function is not getattr(Algorithm, decision):
             rows.append((decision, f"{function.__module__}.{function.__qualname__}"))
@@ -147,6 +148,7 @@ def resolve(cfg: AlgoConfig, *, engine_shares_parameters: bool | None = None) ->
         "likelihood": _resolve_likelihood(cfg.likelihood, algorithm, filled["policy_loss"]),
     }
     resolved = dataclasses.replace(cfg, **filled, **sections)
+    _check_fixed(algorithm, filled)
     check(resolved)
     return resolved
 
@@ -179,10 +181,11 @@ def estimate_loss(
     algorithm = get(cfg.loss_type)
     if algorithm.estimate_loss is not None:
         return algorithm.estimate_loss(logp_BJT, batch, cfg, max_completion_length)
-    assert batch.masks is not None
+    masks = batch.masks
+    assert masks is not None
     if batch.logp_old_BJT is not None:
-        batch = batch.replace(logp_old_BT=combine(batch.logp_old_BJT, batch.masks))
-    output = algorithm.loss(combine(logp_BJT, batch.masks), batch, cfg)
+        batch = batch.replace(logp_old_BT=combine(batch.logp_old_BJT, masks))
+    output = algorithm.loss(combine(logp_BJT, masks), batch, cfg)
     if cfg.likelihood.estimator == "trace":  # the one that estimates what the sampler reported
         return output
     kept = {k: v for k, v in output.metrics.items() if not k.startswith("sampling/")}
@@ -210,6 +213,26 @@ def couples_rows(cfg: AlgoConfig) -> bool:
 def needs_reference(cfg: AlgoConfig) -> bool:
     """Whether reference log-probs are needed at all."""
     return bool(cfg.beta) and cfg.likelihood.kl_to != "old"
+
+
+def has_sequence_ratio(cfg: AlgoConfig) -> bool:
+    """Whether estimates are compared per completion, divided as `likelihood.norm` says."""
+    algorithm = get(cfg.loss_type)
+    return algorithm.pass_loss is not None or algorithm.estimate_loss is sequence_loss
+
+
+def needs_old_estimates(cfg: AlgoConfig) -> bool:
+    """Whether the policy that sampled must be asked for its log-probs under the masks of a batch:
+    as `needs_old_logp`, but not where nothing compares with them."""
+    compares = cfg.policy_loss != "reinforce" or cfg.use_bias_correction_kl
+    return needs_old_logp(cfg) and (compares or (bool(cfg.beta) and cfg.likelihood.kl_to == "old"))
+
+
+def likelihood_preset(cfg: AlgoConfig) -> LikelihoodConfig:
+    """What `cfg.likelihood` is where a config says nothing of it; `cfg` is resolved."""
+    return _resolve_likelihood(
+        type(cfg.likelihood)(), get(cfg.loss_type), cfg.policy_loss or "ppo_clip"
+    )
 
 
 def silent_without_advantage(cfg: AlgoConfig) -> bool:
@@ -281,6 +304,16 @@ def _preset(algorithm: Algorithm, given: Mapping[str, Any]) -> dict[str, Any]:
         filled["epsilon_high"] = filled["epsilon"]
     filled["kl_estimator"] = ALIASES.get(filled["kl_estimator"], filled["kl_estimator"])
     return {key: filled.get(key) for key in PRESET_FIELDS}
+
+
+def _check_fixed(algorithm: Algorithm, filled: Mapping[str, Any]) -> None:
+    preset = _preset(algorithm, {})
+    for key in algorithm.fixed:
+        if filled[key] != preset[key]:
+            raise AlgoError(
+                f"algo.{key}={filled[key]} has no effect with loss_type={algorithm.name}, which "
+                "brings its own; leave it out"
+            )
 
 
 def _resolve_allocation(

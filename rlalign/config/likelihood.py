@@ -35,9 +35,11 @@ class LikelihoodConfig:
     )
     min_time: float = option(1e-3, "bernoulli: smallest share of masked tokens.", ge=0, le=1)
     prompt_mask_prob: float | None = option(
-        None, "all_masked, block_noise: each prompt token is masked with it.", ge=0, le=1
+        None,
+        "Each prompt token is masked with it; block_noise: and each token before the block.",
+        ge=0,
+        le=1,
     )
-    block_length: int = option(32, "block_noise, trace: tokens of a block.", ge=1)
     shrink: int = option(1, "trace: steps of a block that count as one.", ge=1)
     fresh_masks: bool | None = option(
         None, "Every pass over a batch (num_iterations) masks anew; its old log-probs, too."
@@ -56,7 +58,13 @@ class LikelihoodConfig:
     )
     norm: str | None = option(
         None,
-        "bgpo: what divides the estimate in the ratio: nothing, the tokens that are scored, or "
-        "rollout.max_completion_length; unset: valid where ratios are clipped.",
+        "bgpo, espo: what divides the estimate in the ratio: nothing, the tokens that are scored, "
+        "or rollout.max_completion_length; unset: valid where ratios are clipped.",
         choices=("none", "valid", "canvas"),
+    )
+    eubo_power: float = option(
+        1.5, "spg: the upper bound's power of a token's probability; 1 and above.", ge=1
+    )
+    eubo_share: float = option(
+        0.5, "spg: share of the upper bound where the advantage is negative.", ge=0, le=1
     )

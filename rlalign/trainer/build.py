@@ -73,11 +73,12 @@ def _assemble(
         judged = [*([] if known else [train]), *([held_out] if held_out else [])]
         scorer = _open_scorer(config, judged, functions, stack)
         needed = algos.needs_reference(config.algo)
-        policy = _load_policy(config, world, with_reference=needed and not known)
+        cached = known and config.rollout.engine != "masked_diffusion"  # whose masks change
+        policy = _load_policy(config, world, with_reference=needed and not cached)
     engine = build_train_engine(policy, config, world)
     stack.callback(engine.close)
     reference = None
-    if needed and known and scored is not None:
+    if needed and cached and scored is not None and isinstance(policy, Policy):
         reference = reference_logps(scored, policy, engine, config, world)
     rollout = build_rollout_engine(policy, tokenizer, config, world)
     stack.callback(rollout.close)

@@ -11,11 +11,13 @@ from rlalign.rewards.scorer import accuracy_index
 from rlalign.tasks import ScoredSet
 from rlalign.tasks.scored import check_transform
 from rlalign.trainer.diffusion_checks import check_diffusion
+from rlalign.trainer.estimate_checks import check_estimates
 from rlalign.trainer.flow_checks import check_flow
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for settings that contradict each other on any machine."""
+    check_estimates(config)
     if config.rollout.engine == "flow":
         check_flow(config)
         _check_trainer(config)

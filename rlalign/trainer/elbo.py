@@ -59,11 +59,13 @@ class ElboLikelihood:
         )
         batch = batch.replace(advantage_BT=advantage_BT)
         hidden_BT = ended_BT if eos_policy == "masked" else None
-        batch = batch.replace(masks=draw(batch, groups, config, step, hidden_BT))
-        if algos.needs_old_logp(algo):
+        block_BT = blocks(batch, config, self.policy.lm.block_size)
+        masks = draw(batch, groups, config, step, hidden_BT, block_BT)
+        batch = batch.replace(masks=masks)
+        if algos.needs_old_estimates(algo):
             old_BJT = self.logp(engine, learning(batch, algo), config, world)
             batch = batch.replace(logp_old_BJT=old_BJT)
-        if algo.beta and algo.likelihood.kl_to == "reference":
+        if algos.needs_reference(algo):
             reference_BJT = self.logp(engine, batch, config, world, reference=True)
             batch = batch.replace(logp_ref_BJT=reference_BJT)
         return batch
@@ -106,12 +108,11 @@ class ElboLikelihood:
             now_BJT = torch.zeros(minibatch.masks.weight_BJT.shape)
             if algos.slopes_need_values(minibatch, algo):
                 now_BJT = self.logp(engine, minibatch, config, world)
-            slope_BJT, figures = slopes(now_BJT, minibatch, algo, limit)
-            metrics.append(figures)
+            slope_BJT = slopes(now_BJT, minibatch, algo, limit)
         found_BJT = torch.zeros(minibatch.masks.weight_BJT.shape)
         pairs, mine = plan_passes(minibatch, config, world)
-        for part in mine:
-            passes = self._passes(minibatch, part or pairs[:1], world)
+        for part in mine or [[]]:  # bernoulli may mask nothing at all, and a step still follows
+            passes = self._passes(minibatch, part or pairs[:1] or [(0, 0)], world)
             logp_M = engine.forward(passes, temperature(config))
             if not part:
                 engine.backward(0.0 * logp_M.sum())  # collectives need every process
@@ -129,7 +130,9 @@ class ElboLikelihood:
                 metrics.append(loss.metrics)
             found_BJT.view(-1)[passes.cell_M] = logp_M.detach().float().cpu()
         found_BJT = world.all_reduce_sum(found_BJT, "estimates")
-        metrics.append(algos.estimate_metrics(found_BJT, minibatch))
+        if slope_BJT is not None:
+            metrics.append(algos.estimate_loss(found_BJT, minibatch, algo, limit).metrics)
+        metrics.append(algos.estimate_metrics(found_BJT, minibatch, algo.likelihood.estimator))
         return sum(len(minibatch.sequences[row]) for row, _ in pairs)
 
     @torch.no_grad()
@@ -180,12 +183,26 @@ def after_the_end(batch: TrainBatch, eos_ids: frozenset[int]) -> Tensor:
     return ended_BT
 
 
+def blocks(batch: TrainBatch, config: Config, model_blocks: int) -> Tensor | None:
+    """The number of the sampler's block that each token is in: int64 [B, T]. Those of a model with
+    blocks of its own begin with the prompt. None: a completion is one."""
+    size = model_blocks or config.rollout.diffusion.block_size
+    if not size:
+        return None
+    column_BT = torch.arange(batch.mask_BT.shape[1]).expand(batch.mask_BT.shape)
+    if model_blocks:
+        length_B = torch.tensor([len(sequence) for sequence in batch.sequences])
+        column_BT = column_BT + (length_B - batch.completion_len_B)[:, None]
+    return column_BT // size
+
+
 def draw(
     batch: TrainBatch,
     groups: Sequence[Group],
     config: Config,
     step: int,
     hidden_BT: Tensor | None = None,
+    block_BT: Tensor | None = None,
 ) -> Masks:
     """Masks of every row, keyed by its sample and the step; those of all iterations one after the
     other, where each has its own."""
@@ -202,6 +219,7 @@ def draw(
             prompt_B,
             [mask_seed(config.seed, name, index, step, k) for name, index in names],
             likelihood,
+            block_BT=block_BT,
             step_BT=batch.step_BT,
             always_hidden_BT=hidden_BT,
         )
@@ -240,13 +258,13 @@ def plan_passes(
 
 def slopes(
     logp_BJT: Tensor, batch: TrainBatch, algo: AlgoConfig, max_completion_length: int
-) -> tuple[Tensor, Metrics]:
-    """Derivative of the loss in each log-prob, [B, J, T], and the loss's figures."""
+) -> Tensor:
+    """Derivative of the loss in each log-prob: [B, J, T]."""
     leaf_BJT = logp_BJT.detach().clone().requires_grad_()
     with torch.enable_grad():
         output = algos.estimate_loss(leaf_BJT, batch, algo, max_completion_length)
         (slope_BJT,) = torch.autograd.grad(output.loss, leaf_BJT)
-    return slope_BJT, output.metrics
+    return slope_BJT
 
 
 def changes(
@@ -271,7 +289,7 @@ def changes(
         0, passes.row_M, factor_M.to(logp_M.device) * (logp_M - old_M)
     )
     advantage_R = algos.row_advantage(batch)[row_R].to(logp_M.device)
-    share_R = (algos.row_weight(batch)[row_R] / count_R).to(logp_M.device)
+    share_R = (algos.policy_weight(batch)[row_R] / count_R).to(logp_M.device)
     return change_R, advantage_R, share_R
 
 

@@ -65,20 +65,28 @@ def per_algorithm(
     source: str,
     bound: float,
     applies: Applies = lambda _: True,
-    of_trees: bool = False,
+    kind: str = "tokens",
 ) -> Callable:
-    """Register `measure(algorithm_name) -> error`, a property of each algorithm it applies to, of
-    those that give credit in trees or of all others."""
+    """Register `measure(algorithm_name) -> error`, a property of each algorithm of a kind (see
+    `kind_of`) that it applies to."""
 
     def of_kind(algorithm: str) -> bool:
-        trees = algos.get(algorithm).defaults.get("adv_estimator") == "tree"
-        return trees == of_trees and applies(algorithm)
+        return kind_of(algorithm) == kind and applies(algorithm)
 
     def register(measure: Callable[[str], float]) -> Callable[[str], float]:
         PROPERTIES.append(Property(name, source, bound, measure, of_kind))
         return measure
 
     return register
+
+
+def kind_of(name: str) -> str:
+    """`trees`: credit in trees. `estimates`: a loss of a diffusion language model's estimates.
+    `tokens`: a loss of log-probs, whoever knows or estimates them."""
+    algorithm = algos.get(name)
+    if algorithm.defaults.get("adv_estimator") == "tree":
+        return "trees"
+    return "tokens" if algorithm.estimate_loss is None else "estimates"
 
 
 def run(algorithm: str | None = None) -> list[Check]:

@@ -101,7 +101,7 @@ def credit(tree: Tree, cfg: AlgoConfig):
     "values and advantages of ragged trees = recursion in float64",
     source="the preset's own source",
     bound=1e-9,
-    of_trees=True,
+    kind="trees",
 )
 def credits(name: str) -> float:
     cfg, errors = config(name), []
@@ -121,7 +121,7 @@ def credits(name: str) -> float:
     "an edge's share of the loss = its definition in loops",
     source="the preset's own source",
     bound=1e-12,
-    of_trees=True,
+    kind="trees",
 )
 def shares(name: str) -> float:
     cfg, errors = config(name), []
@@ -138,7 +138,7 @@ def shares(name: str) -> float:
     "moving nodes, relabelling trees and groups: nothing changes",
     source="a sum over a set",
     bound=1e-9,
-    of_trees=True,
+    kind="trees",
 )
 def relabelling(name: str) -> float:
     cfg, errors = config(name), []
@@ -155,7 +155,7 @@ def relabelling(name: str) -> float:
     return worst(errors)
 
 
-@per_algorithm("equal leaves give exactly 0", source=DEFINITION, bound=0.0, of_trees=True)
+@per_algorithm("equal leaves give exactly 0", source=DEFINITION, bound=0.0, kind="trees")
 def equal_leaves(name: str) -> float:
     cfg, errors = config(name), []
     for tree, reward in itertools.product(forests(), (0.98, 0.1, 1.0, 0.0, -3.0, 1e9)):
@@ -168,7 +168,7 @@ def equal_leaves(name: str) -> float:
     "an unscorable leaf: as if it had not been sampled",
     source=DEFINITION,
     bound=1e-12,
-    of_trees=True,
+    kind="trees",
 )
 def unscorable_leaves(name: str) -> float:
     cfg, errors = config(name), []

@@ -40,6 +40,14 @@ PRESETS = {
     "tree_rl": "tree none token ppo_clip 0.2 0.2 token-mean 0.0 k3 loss",
     "tree_po": "tree batch token ppo_clip 0.2 0.28 token-mean 0.0 k3 loss",
     "tree_grpo": "tree group token ppo_clip 0.2 0.2 token-mean 0.0 k3 loss",
+    "bgpo": "grpo group sequence ppo_clip 0.2 0.2 seq-mean-token-mean 0.0 k2 loss",
+    "diffu_grpo": "grpo none token ppo_clip 0.5 0.5 token-mean 0.04 k3 loss",
+    "wd1": "grpo none token reinforce None None seq-mean-token-sum 0.0 k3 loss",
+    "coupled_grpo": "rloo none token ppo_clip 0.5 0.5 token-mean 0.01 k3 loss",
+    "spg": "grpo none sequence reinforce None None token-mean 0.0 k3 loss",
+    "tracerl": "grpo group token ppo_clip 0.2 0.2 seq-mean-token-sum-norm 0.01 k3 loss",
+    "espo": "grpo group sequence ppo_clip 0.2 0.2 seq-mean-token-mean 0.01 k2 loss",
+    "vrpo": "rloo none sequence reinforce None None seq-mean-token-sum 0.1 k2 loss",
 }
 COLUMNS = (
     "adv_estimator",
@@ -96,6 +104,11 @@ def test_the_registry_holds_exactly_these():
 def test_resolving_twice_changes_nothing(name, fields):
     if name == "copg" and "loss_agg_mode" in fields:
         pytest.skip("CoPG has one loss per prompt")
+    if set(algos.get(name).fixed) & set(fields):
+        pytest.skip("the algorithm brings its own")
+    per_sequence = PRESETS.get(name, "").split()[2:3] == ["sequence"]
+    if per_sequence and fields.get("kl_in") == "reward" and "kl_estimator" in algos.get(name).fixed:
+        pytest.skip("its KL is in the loss")
     refused_of_trees = "loss_agg_mode" in fields or fields.get("kl_in") == "reward"
     if PRESETS.get(name, "").startswith("tree") and refused_of_trees:
         pytest.skip("trees weigh edges, and have no KL in the reward")
@@ -260,3 +273,44 @@ def test_an_algorithm_of_the_users_own_takes_its_own_decisions(tmp_path, monkeyp
 def test_a_preset_that_names_an_unknown_field_is_refused():
     with pytest.raises(AlgoError, match="epsilon_hi"):
         algos.Algorithm("typo", "", "", {"epsilon_hi": 0.3})
+
+
+ESTIMATES = {  # estimator, num_mc_samples, prompt_mask_prob, fresh_masks, kl_to, norm
+    "bgpo": "count_strat 16 0.0 False reference valid",
+    "diffu_grpo": "all_masked 1 0.15 True reference valid",
+    "wd1": "all_masked 1 0.15 True reference none",
+    "coupled_grpo": "complement 2 0.0 True reference valid",
+    "spg": "block_noise 2 0.15 True reference none",
+    "tracerl": "trace 1 0.0 False old valid",
+    "espo": "coupled 2 0.0 True reference canvas",
+    "vrpo": "count_strat 8 0.0 False reference none",
+    "grpo": "count_strat 16 0.0 False reference valid",
+}
+
+
+@pytest.mark.parametrize("name", ESTIMATES)
+def test_presets_say_how_log_probs_are_estimated(name):
+    found = quiet(loss_type=name).likelihood
+    columns = ("estimator", "num_mc_samples", "prompt_mask_prob", "fresh_masks", "kl_to", "norm")
+    assert " ".join(str(getattr(found, column)) for column in columns) == ESTIMATES[name]
+    assert algos.likelihood_preset(quiet(loss_type=name)) == found
+
+
+def test_length_divides_where_a_clip_needs_it():
+    assert quiet(loss_type="bgpo", policy_loss="unclipped").likelihood.norm == "none"
+    assert quiet(loss_type="bgpo").likelihood.norm == "valid"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"loss_type": "bgpo", "importance_sampling_level": "token"},
+        {"loss_type": "espo", "kl_estimator": "k3"},
+        {"loss_type": "spg", "policy_loss": "ppo_clip"},
+        {"loss_type": "wd1", "adv_estimator": "rloo"},
+        {"loss_type": "vrpo", "loss_agg_mode": "token-mean"},
+    ],
+)
+def test_a_decision_that_the_algorithm_takes_itself_is_refused(fields):
+    with pytest.raises(AlgoError, match="has no effect with loss_type"):
+        algos.resolve(AlgoConfig(**fields))
