@@ -19,8 +19,8 @@ from rlalign.tasks.source import Source, numbered
 MINI_TASKS = {
     "chain": "rlalign.tasks.chain",
     "digits": "rlalign.tasks.digits",
-    "sort6": "rlalign.tasks.sort6",
-    "sums": "rlalign.tasks.sums",
+    "sort6": "rlalign.tasks.sort:SORT6",
+    "sort16": "rlalign.tasks.sort:SORT16",
 }
 
 
@@ -128,7 +128,8 @@ def get_mini_task(name: str) -> MiniTask | MiniFlowTask | MaskedMiniTask:
         raise TaskError(
             f"there is no mini task {name!r}; built in: {', '.join(sorted(MINI_TASKS))}"
         )
-    return importlib.import_module(MINI_TASKS[name]).TASK
+    module, _, attribute = MINI_TASKS[name].partition(":")
+    return getattr(importlib.import_module(module), attribute or "TASK")
 
 
 def open_mini(name: str, params: Mapping[str, Any], split: str) -> Source:
