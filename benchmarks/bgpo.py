@@ -1,12 +1,15 @@
 """Diffusion language models: memory, bias and variance of the estimators, reward for equal compute.
 
-Memory: one optimizer step of a transformer of 4 layers, 256 wide, on 16 completions of 128 tokens,
-as the number of masks grows. Every tensor is counted from its making to its end; micro-batches hold
-16 passes throughout. Beside ours, the same objective in one autograd call.
+Memory: the gradient of 16 completions of 256 tokens, by a transformer of 2 layers, 128 wide, as the
+number of masks grows. Every tensor is counted from its making to its end, weights and moments of
+the optimizer with them; micro-batches hold 16 passes throughout. Beside ours, the same objective in
+one autograd call.
 
 Estimators: the warm-start model of `mini:sort6` on right answers. With six tokens there are 63
 masks, so the bound and its gradient are known exactly. Standard deviations are those of 16 passes,
 the gradient's as a share of its mean's norm.
+
+Decoding: several tokens a forward pass, where the model is sure, against one.
 
 Curves: whole trainings on `mini:sort6`, each method with its own published settings but for the
 learning rate, which is the same for all; on-policy, and with four optimizer steps a batch. And on
@@ -30,9 +33,15 @@ from _memory import PeakBytes
 
 import rlalign
 from rlalign import algos
-from rlalign.config.schema import LikelihoodConfig
+from rlalign.algos.elbo import row_advantage, row_weight
+from rlalign.config.schema import LikelihoodConfig, ModelConfig
+from rlalign.models.load import load_tokenizer
 from rlalign.models.masked_diffusion import Canvas, MaskedDiffusionLM
+from rlalign.models.masked_load import load_masked_lm
 from rlalign.models.masked_random import write_random_masked
+from rlalign.rollout.unmask import UnmaskParams
+from rlalign.rollout.unmask_compare import compare
+from rlalign.tasks.mini import get_mini_task
 from rlalign.trainer.build import open_job
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -66,6 +75,8 @@ def run(quick: bool) -> dict[str, Any]:
     rows, bars = memory((1, 4, 16) if quick else (1, 4, 16, 64))
     more, checks = estimators(completions=4 if quick else 16)
     rows, bars = rows + more, bars + checks
+    more, checks = decoding()
+    rows, bars = rows + more, bars + checks
     if not quick:
         for part in (curves, masks):
             more, checks = part(range(3))
@@ -75,11 +86,13 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def memory(counts: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Peak bytes of the step, above what was there before it: weights, gradients, moments."""
+    """Peak bytes of a gradient."""
     peaks: dict[tuple[str, int], int] = {}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        path = write_random_masked(folder, "native", hidden=128, layers=2, mlp=384)
+        path = write_random_masked(
+            folder, "native", hidden=128, layers=2, mlp=384, max_positions=512
+        )
         for side, n in itertools.product((OURS, NAIVE), counts):
             if side == NAIVE and n > 16:
                 continue
@@ -91,8 +104,9 @@ def memory(counts: tuple[int, ...]) -> tuple[list[dict[str, Any]], list[dict[str
                 else:
                     _naive(engine, likelihood, batch)
                 seconds = time.perf_counter() - began
-            peaks[side, n] = counted.peak
-            figures = {"peak MB": counted.peak / 1e6, "seconds": seconds}
+            kept = sum(3 * p.nbytes for p in engine.module.parameters())  # with Adam's moments
+            peaks[side, n] = kept + counted.peak
+            figures = {"peak MB": peaks[side, n] / 1e6, "seconds": seconds}
             rows.append({"part": "memory", "side": side, "masks": n, **figures})
             print(rows[-1], file=sys.stderr, flush=True)
     last = counts[-1]
@@ -110,7 +124,7 @@ def _step_of(path: Path, n: int) -> Any:
     from rlalign.trainer.engine import TorchEngine
     from rlalign.trainer.masked_policy import MaskedPolicy
 
-    rows, prompt, length = 16, 8, 64
+    rows, prompt, length = 16, 8, 256
     settings = ["name=memory", f"model.path={path}", *QUIET]
     settings += [f"algo.likelihood.num_mc_samples={n}", "algo.likelihood.norm=valid"]
     settings += [f"trainer.micro_batch_tokens={rows * (prompt + length)}"]
@@ -149,7 +163,7 @@ def _naive(engine: Any, likelihood: Any, batch: Any) -> None:
     row_M = pairs[:, 0][passes.row_M]
     bound_B = torch.zeros(rows).index_add(0, row_M, weight_M * logp_M) / batch.mask_BT.sum(1)
     ratio_B = (bound_B - bound_B.detach()).exp()
-    engine.backward(-(algos.row_weight(batch) * algos.row_advantage(batch) * ratio_B).sum())
+    engine.backward(-(row_weight(batch) * row_advantage(batch) * ratio_B).sum())
 
 
 def estimators(completions: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -238,6 +252,40 @@ def _exact_counts(num_sets: int) -> torch.Tensor:
     """What the bound weighs each set with: [S]."""
     eye = torch.eye(num_sets, dtype=torch.float64)
     return torch.stack([_mean_over_orders(column) for column in eye])
+
+
+def decoding() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """The 200 held-out questions of `mini:sort16`, greedy: one token a step against parallel."""
+    spec = ModelConfig(path="mini:sort16")
+    lm, tokenizer = load_masked_lm(spec).eval(), load_tokenizer(spec)
+    questions = get_mini_task("sort16").make_rows("eval")
+    prompt_BP = torch.tensor([tokenizer(row["prompt"])["input_ids"] for row in questions])
+    answer_BL = torch.tensor([tokenizer(row["answer"])["input_ids"] for row in questions])
+    length, masked_BL = answer_BL.shape[1], torch.full_like(answer_BL, lm.mask_id)
+    ways = {
+        "one token a step": UnmaskParams(length),
+        "two": UnmaskParams(length // 2),
+        "threshold .9": UnmaskParams(length, threshold=0.9),
+        "factor 1": UnmaskParams(length, factor=1.0),
+    }
+    found = compare(
+        lm,
+        Canvas(torch.cat([prompt_BP, masked_BL], 1)),
+        ways,
+        torch.arange(len(questions)),
+        lambda ids_BT: (ids_BT[:, -length:] == answer_BL).all(1),
+        start=prompt_BP.shape[1],
+    )
+    rows = [
+        {"part": "decoding", "side": side, "tokens per forward": fill.tokens_per_forward,
+         "accuracy": fill.accuracy, "seconds": fill.seconds}
+        for side, fill in found.items()
+    ]  # fmt: skip
+    one, many = found["one token a step"], found["threshold .9"]
+    return rows, [
+        _bar("threshold .9: times fewer forwards", one.forwards / many.forwards, 3, least=True),
+        _bar("the same: accuracy lost", one.accuracy - many.accuracy, 0.01),
+    ]
 
 
 def curves(seeds: range) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
