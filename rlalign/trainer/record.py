@@ -40,6 +40,9 @@ def sample_metrics(
             "completions/clipped_ratio": _mean(clipped),
         }
     )
+    steps = [sample.steps for sample in samples if sample.steps]
+    if steps:
+        metrics["completions/tokens_per_step"] = _mean([len(s) / len(set(s)) for s in steps])
     for name, value_B in scores.by_function.items():
         known = value_B[torch.isfinite(value_B)]
         if len(known):
@@ -106,6 +109,7 @@ def sample_rows(
             "acc": _json_number(scores.acc_B[i]),
             "rewards": {n: _json_number(v_B[i]) for n, v_B in scores.by_function.items()},
             "advantage": advantage_B[i],
+            **({"steps": list(sample.steps)} if sample.steps else {}),
             **place,
         }
 

@@ -205,3 +205,10 @@ def test_a_run_is_evaluated_and_drawn(tmp_path):
             env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(Path.home())},
         )  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_run_says_when_each_token_was_decided(tmp_path):
+    result = rlalign.train(small_config(tmp_path, "trainer.max_steps=1"), quiet=True)
+    row = json.loads((result.path / "rollouts" / "step_000001.jsonl").read_text().splitlines()[0])
+    assert sorted(row["steps"]) == [0, 0, 1, 1, 2, 2]
+    assert rows_of(result.path)[0]["completions/tokens_per_step"] == 2
