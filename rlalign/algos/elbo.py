@@ -144,13 +144,13 @@ def change_metrics(change_M: Tensor, ratio_M: Tensor, clipped: Clipped) -> Figur
     return metrics
 
 
-def estimate_metrics(logp_BJT: Tensor, batch: TrainBatch, estimator: str | None) -> Metrics:
-    """Figures of the estimates themselves (detached): the estimate per token and, of those of the
-    bound, the standard error that the passes leave in it, nats per completion. It is that of
-    independent passes: passes that are spread or paired leave less."""
+def estimate_metrics(pass_BJ: Tensor, batch: TrainBatch, estimator: str | None) -> Metrics:
+    """Figures of the estimates themselves (`pass_estimates`, detached): the estimate per token and,
+    of those of the bound, the standard error that the passes leave in it, nats per completion. It
+    is that of independent passes: passes that are spread or paired leave less."""
     assert batch.masks is not None
-    pass_BJ = pass_estimates(logp_BJT, batch.masks).double()
-    counts_B = (batch.mask_BT.sum(1) > 0) & (num_passes(batch.masks) > 0).to(logp_BJT.device)
+    pass_BJ = pass_BJ.double()
+    counts_B = (batch.mask_BT.sum(1) > 0) & (num_passes(batch.masks) > 0).to(pass_BJ.device)
     rows = counts_B.sum().double()
     tokens = batch.mask_BT[counts_B].sum().double()
     figures = {}

@@ -109,7 +109,7 @@ class ElboLikelihood:
             if algos.slopes_need_values(minibatch, algo):
                 now_BJT = self.logp(engine, minibatch, config, world)
             slope_BJT = slopes(now_BJT, minibatch, algo, limit)
-        found_BJT = torch.zeros(minibatch.masks.weight_BJT.shape)
+        found = Found(minibatch, whole=pass_loss is None)
         pairs, mine = plan_passes(minibatch, config, world)
         for part in mine or [[]]:  # bernoulli may mask nothing at all, and a step still follows
             passes = self._passes(minibatch, part or pairs[:1] or [(0, 0)], world)
@@ -128,11 +128,8 @@ class ElboLikelihood:
                 loss = pass_loss(change_R, advantage_R, weight_R, algo)
                 engine.backward(loss.loss)
                 metrics.append(loss.metrics)
-            found_BJT.view(-1)[passes.cell_M] = logp_M.detach().float().cpu()
-        found_BJT = world.all_reduce_sum(found_BJT, "estimates")
-        if slope_BJT is not None:
-            metrics.append(algos.estimate_loss(found_BJT, minibatch, algo, limit).metrics)
-        metrics.append(algos.estimate_metrics(found_BJT, minibatch, algo.likelihood.estimator))
+            found.add(logp_M, passes)
+        metrics += found.figures(algo, limit, world)
         return sum(len(minibatch.sequences[row]) for row, _ in pairs)
 
     @torch.no_grad()
@@ -171,6 +168,34 @@ class ElboLikelihood:
     def _passes(self, batch: TrainBatch, pairs: Sequence[Pair], world: World) -> Passes:
         row_R, pass_R = torch.tensor(pairs).T
         return make_passes(batch, row_R, pass_R, self.policy.lm.mask_id).to(world.device)
+
+
+class Found:
+    """Log-probs of a minibatch as they come, for its figures: of single passes their sums, or
+    `whole`, where the figures are those of a loss of all log-probs."""
+
+    def __init__(self, batch: TrainBatch, *, whole: bool) -> None:
+        assert batch.masks is not None
+        self.batch, self.masks = batch, batch.masks
+        shape = batch.masks.weight_BJT.shape
+        self.sum_BJ = torch.zeros(shape[:2])
+        self.logp_BJT = torch.zeros(shape) if whole else None
+
+    def add(self, logp_M: Tensor, passes: Passes) -> None:
+        found_M, width = logp_M.detach().float().cpu(), self.masks.weight_BJT.shape[2]
+        weight_M = self.masks.weight_BJT.flatten()[passes.cell_M]
+        self.sum_BJ.view(-1).index_add_(0, passes.cell_M // width, weight_M * found_M)
+        if self.logp_BJT is not None:
+            self.logp_BJT.view(-1)[passes.cell_M] = found_M
+
+    def figures(self, algo: AlgoConfig, limit: int, world: World) -> list[Metrics]:
+        sum_BJ = world.all_reduce_sum(self.sum_BJ, "estimates")
+        pass_BJ = sum_BJ * algos.num_passes(self.masks)[:, None]
+        found = [algos.estimate_metrics(pass_BJ, self.batch, algo.likelihood.estimator)]
+        if self.logp_BJT is not None:
+            logp_BJT = world.all_reduce_sum(self.logp_BJT, "log-probs")
+            found.append(algos.estimate_loss(logp_BJT, self.batch, algo, limit).metrics)
+        return found
 
 
 def after_the_end(batch: TrainBatch, eos_ids: frozenset[int]) -> Tensor:

@@ -43,14 +43,18 @@ def test_an_estimate_is_the_weighted_sum_over_passes():
     assert pass_BJ.mean(1).tolist() == estimate_BT.sum(1).tolist()
 
 
+def estimate_metrics(batch, estimator):
+    return algos.estimate_metrics(algos.pass_estimates(LOGP_BJT, batch.masks), batch, estimator)
+
+
 def test_figures_of_the_estimates():
-    figures = algos.finalize_metrics(algos.estimate_metrics(LOGP_BJT, small_batch(), "count_strat"))
+    figures = algos.finalize_metrics(estimate_metrics(small_batch(), "count_strat"))
     assert figures["elbo/per_token"] == pytest.approx((-6.75 - 5.0) / 4)
     spread = [torch.tensor([-4.5, -9.0]).std(), torch.tensor([-4.0, -6.0]).std()]
     assert figures["elbo/std_error"] == pytest.approx(float(sum(spread)) / 2**0.5 / 2)
-    traced = algos.estimate_metrics(LOGP_BJT, small_batch(), "trace")
+    traced = estimate_metrics(small_batch(), "trace")
     assert set(traced) == {"elbo/per_token"}  # its passes are no estimates each
-    assert not algos.estimate_metrics(LOGP_BJT, small_batch(), "block_noise")
+    assert not estimate_metrics(small_batch(), "block_noise")
 
 
 def test_a_row_without_masks_counts_nowhere():
@@ -59,7 +63,7 @@ def test_a_row_without_masks_counts_nowhere():
     weight_BJT[1] = 0
     batch = batch.replace(masks=Masks(batch.masks.hidden_BJT, weight_BJT))
     assert algos.num_passes(batch.masks).tolist() == [2, 0]
-    figures = algos.finalize_metrics(algos.estimate_metrics(LOGP_BJT, batch, "count"))
+    figures = algos.finalize_metrics(estimate_metrics(batch, "count"))
     assert figures["elbo/per_token"] == pytest.approx(-6.75 / 3)
 
 

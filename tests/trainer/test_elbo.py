@@ -80,7 +80,7 @@ def test_bgpo_one_pass_at_a_time_is_autograd_over_all_of_them(form, moved):
 
 LOSSES = {
     "espo": OFF_POLICY,
-    "spg": (*OFF_POLICY, "rollout.diffusion.block_size=3"),
+    "spg": (*OFF_POLICY, "rollout.diffusion.block_size=3", "rollout.diffusion.steps=2"),
     "vrpo": (),
     "wd1": OFF_POLICY,
     "diffu_grpo": OFF_POLICY,
