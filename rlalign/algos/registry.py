@@ -202,12 +202,19 @@ def slopes_need_values(batch: TrainBatch, cfg: AlgoConfig) -> bool:
     one that sampled, where every ratio is 1 with slope 1."""
     own = get(cfg.loss_type)
     ratios_only = own.loss is Algorithm.loss and not own.couples_rows and own.slopes_at_one
-    return batch.logp_old_BJT is not None or bool(cfg.beta) or not ratios_only
+    return batch.logp_old_BJT is not None or has_kl(cfg) or not ratios_only
 
 
 def couples_rows(cfg: AlgoConfig) -> bool:
     """Whether a row's loss depends on the current log-probs of its whole group."""
     return get(cfg.loss_type).couples_rows
+
+
+def has_kl(cfg: AlgoConfig) -> bool:
+    """Whether a KL can be other than 0: not to the policy that sampled, with one optimizer step per
+    rollout."""
+    one_step = cfg.num_iterations * cfg.num_minibatches == 1
+    return bool(cfg.beta) and not (cfg.likelihood.kl_to == "old" and one_step)
 
 
 def needs_reference(cfg: AlgoConfig) -> bool:
@@ -238,7 +245,7 @@ def likelihood_preset(cfg: AlgoConfig) -> LikelihoodConfig:
 def silent_without_advantage(cfg: AlgoConfig) -> bool:
     """Whether a row of advantage 0 adds nothing to the gradient, whatever its log-probs."""
     own_loss = get(cfg.loss_type).loss is not Algorithm.loss or couples_rows(cfg)
-    other_terms = cfg.entropy_coef > 0 or bool(cfg.beta)
+    other_terms = cfg.entropy_coef > 0 or has_kl(cfg)
     return not (own_loss or other_terms or depends_on_split(cfg))
 
 

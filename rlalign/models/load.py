@@ -181,4 +181,9 @@ def load_error(what: str, folder: Path, error: BaseException) -> ModelError:
             f"the {what} in {folder} needs Python that ships with it. Read that code, then set "
             "model.trust_remote_code=true"
         )
+    if "does not recognize this architecture" in text:
+        text += (
+            " A diffusion language model (LLaDA, Dream, SDAR) is loaded with "
+            "rollout.engine=masked_diffusion."
+        )
     return ModelError(f"the {what} in {folder} cannot be loaded: {type(error).__name__}: {text}")

@@ -126,7 +126,9 @@ class Layout:
     ) -> None:
         """Write `weights`, under their native names here, as the checkpoint had them, and its
         config."""
-        named = {self.family.to_source(name): value.cpu() for name, value in weights}
+        named = {  # a copy even on a CPU, where ZeRO's parameters are views of one buffer
+            self.family.to_source(name): value.to("cpu", copy=True) for name, value in weights
+        }
         config = {**self.config, "mask_token_id": mask_id}
         if block_size != self.family.block_size or "block_size" in config:
             config["block_size"] = block_size

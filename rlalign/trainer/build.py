@@ -22,7 +22,7 @@ from rlalign.rollout.masked_diffusion import MaskedDiffusionEngine
 from rlalign.rollout.no_engine import NoEngine
 from rlalign.tasks import PromptSet, ScoredSet, load_prompts, load_scored
 from rlalign.tracking.rundir import RunDir
-from rlalign.trainer.checks import check_context, check_scored
+from rlalign.trainer.checks import check_context, check_no_masks, check_scored
 from rlalign.trainer.distributed import World
 from rlalign.trainer.elbo import ElboLikelihood
 from rlalign.trainer.engine import TorchEngine, TrainEngine
@@ -75,6 +75,8 @@ def _assemble(
         needed = algos.needs_reference(config.algo)
         cached = known and config.rollout.engine != "masked_diffusion"  # whose masks change
         policy = _load_policy(config, world, with_reference=needed and not cached)
+        if isinstance(policy, MaskedPolicy) and scored is not None:
+            check_no_masks(scored, policy.lm.mask_id)
     engine = build_train_engine(policy, config, world)
     stack.callback(engine.close)
     reference = None

@@ -227,6 +227,18 @@ def check_scored(scored: ScoredSet, config: Config) -> None:
         )
 
 
+def check_no_masks(scored: ScoredSet, mask_id: int) -> None:
+    """Raise ConfigError for a mask token in what the data brings along: in a completion it has no
+    probability, in a prompt it is a hole."""
+    for prompt in scored.prompts:
+        samples = scored[prompt.id].group.samples
+        if mask_id in prompt.token_ids or any(mask_id in s.token_ids for s in samples):
+            raise ConfigError(
+                f"prompt {prompt.id!r} or one of its completions holds the mask token {mask_id}, "
+                "which stands for what is not known: take it out of the data"
+            )
+
+
 def _check_rewards(config: Config) -> None:
     scores_needed = config.task.completions != "dataset" or config.task.eval
     if not config.rewards.functions and scores_needed:

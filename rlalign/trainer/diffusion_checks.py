@@ -42,7 +42,8 @@ def _check_steps(name: str, steps: int, blocks: int, length: int) -> None:
     if steps % blocks:
         raise ConfigError(
             f"{SECTION}.{name} = {steps} cannot be shared out evenly over {blocks} blocks "
-            f"(max_completion_length / block_size): use {max(1, steps // blocks) * blocks}"
+            f"(max_completion_length / block_size): use "
+            f"{SECTION}.{name}={max(1, steps // blocks) * blocks}"
         )
 
 

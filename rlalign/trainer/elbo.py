@@ -100,7 +100,7 @@ class ElboLikelihood:
         """Forward and backward of every pass that scores something, each process its share."""
         assert minibatch.masks is not None
         algo = config.algo
-        if algo.likelihood.kl_to == "old" and minibatch.logp_old_BJT is None:
+        if minibatch.logp_old_BJT is None and not algos.has_kl(algo):
             algo = replace(algo, beta=0.0)  # the policy is the one that sampled: no KL, no slope
         limit = config.rollout.max_completion_length
         pass_loss, slope_BJT = algos.pass_loss(algo), None

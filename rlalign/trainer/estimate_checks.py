@@ -112,6 +112,22 @@ RULES: tuple[Rule, ...] = (
         "algo.normalize_advantages=true has no effect with loss_type={a.loss_type}; leave it out",
     ),
     Rule(
+        lambda c, _: (_l(c).estimator == "block_noise") != (c.algo.loss_type == "spg"),
+        "algo.likelihood.estimator={l.estimator} with loss_type={a.loss_type}: block_noise has the "
+        "mean over a completion's tokens, which spg needs, the others have sums, which all else "
+        "needs; leave it out",
+    ),
+    Rule(
+        lambda c, _: c.task.completions != "rollout" and _keeps_canvas(c),
+        "rollout.diffusion.eos_policy with task.completions other than rollout: completions of the "
+        "data end with their end token and have no canvas behind it; use eos_policy=drop",
+    ),
+    Rule(
+        lambda c, _: c.algo.overlong.buffer_len > 0 and _keeps_canvas(c),
+        "algo.overlong.buffer_len={a.overlong.buffer_len} with rollout.diffusion.eos_policy other "
+        "than drop: every completion is as long as the canvas then; use eos_policy=drop, or 0",
+    ),
+    Rule(
         lambda c, _: _l(c).estimator == "trace" and c.task.completions != "rollout",
         "algo.likelihood.estimator=trace with task.completions other than rollout: completions of "
         "the data come without the steps that decided their tokens; use count_strat",
@@ -168,6 +184,12 @@ def check_estimates(config: Config) -> None:
 def _check_elsewhere(config: Config, own: Algorithm, chosen: list[str]) -> None:
     """What is for diffusion language models, without one."""
     engine = config.rollout.engine
+    if own.likelihood and engine == "none":
+        raise ConfigError(
+            f"algo.loss_type={config.algo.loss_type} trains a diffusion language model, and "
+            "rollout.engine=none says nothing of the model: use rollout.engine=masked_diffusion, "
+            "which samples nothing with task.completions=dataset and no task.eval"
+        )
     if own.likelihood:
         raise ConfigError(
             f"algo.loss_type={config.algo.loss_type} estimates the log-probs of a diffusion "
@@ -180,6 +202,10 @@ def _check_elsewhere(config: Config, own: Algorithm, chosen: list[str]) -> None:
             f"rollout.engine=masked_diffusion, and rollout.engine={engine} has exact log-probs; "
             "leave it out"
         )
+
+
+def _keeps_canvas(config: Config) -> bool:
+    return config.rollout.diffusion.eos_policy not in (None, "drop")
 
 
 def _l(config: Config) -> LikelihoodConfig:

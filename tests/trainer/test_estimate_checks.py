@@ -39,6 +39,9 @@ REFUSED = {
     ("algo.loss_type=vrpo", "algo.beta=0"): "use beta > 0",
     ("algo.loss_type=wd1", "algo.normalize_advantages=true"): "normalize_advantages",
     ("algo.loss_type=espo", "algo.use_bias_correction_kl=true"): "token ratios",
+    ("algo.likelihood.estimator=block_noise",): "which spg needs",
+    ("algo.loss_type=spg", "algo.likelihood.estimator=count"): "which spg needs",
+    ("algo.overlong.buffer_len=2", "rollout.diffusion.eos_policy=visible"): "long as the canvas",
     ("rollout.diffusion.eos_policy=most",): "eos_policy",
     ("algo.likelihood.estimator=most",): "estimator",
 }

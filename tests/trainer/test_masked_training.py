@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 
 import rlalign
 from rlalign.algos import AlgoWarning
-from rlalign.config import Config
+from rlalign.config import Config, ConfigError
+from rlalign.config.schema import ModelConfig
+from rlalign.models.masked_load import load_masked_lm
+from rlalign.models.masked_random import write_random_masked
 from tests.support import ROOT
 
 SMALL = [
@@ -108,12 +111,55 @@ def test_preferences_of_a_data_set_train_without_a_rollout(tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     offline = [f"task.train={data}", "task.completions=dataset", "rewards.functions=[]"]
-    offline.append(
-        "rollout.max_completion_length=7"
-    )  # the data's completions end with an end token
+    # The data's completions end with an end token.
+    offline += ["rollout.max_completion_length=7", "rollout.diffusion.eos_policy=drop"]
     config = small_config(tmp_path, *offline, source="configs/vrpo/mini.yaml")
     for row in rows_of(rlalign.train(config, quiet=True).path):
         assert row["optim/grad_norm"] > 0 and row["vrpo/accuracy"] in (0, 0.25, 0.5, 0.75, 1)
+
+
+def test_a_mask_token_in_the_data_is_refused_with_its_row(tmp_path):
+    row = {"prompt": "421430=", "completions": ["012<mask>34", "443210"], "scores": [1, 0]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
+    config = small_config(
+        tmp_path,
+        f"task.train={tmp_path / 'pairs.jsonl'}",
+        "task.completions=dataset",
+        "rewards.functions=[]",
+        "rollout.max_completion_length=7",
+        "rollout.diffusion.eos_policy=drop",
+        source="configs/vrpo/mini.yaml",
+    )
+    with pytest.raises(ConfigError, match=r"pairs.*/0.* holds the mask token"):
+        rlalign.train(config, quiet=True)
+
+
+def test_groups_without_signal_move_no_weight_whatever_the_kl_to_the_old_policy(tmp_path):
+    config = small_config(
+        tmp_path,
+        "rewards.functions=[{name: same}]",
+        "trainer.optim.weight_decay=0.1",
+        "trainer.max_steps=1",
+        source="configs/tracerl/mini.yaml",
+    )
+    functions = {"same": lambda completions, **_: [1.0] * len(completions)}
+    [row] = rows_of(rlalign.train(config, quiet=True, reward_functions=functions).path)
+    assert row["optim/empty_steps"] == 1
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_project_survives_partitioned_training(tmp_path):
+    path = write_random_masked(tmp_path / "llada", "llada")
+    config = small_config(
+        tmp_path,
+        f"model.path={path}",
+        "trainer.engine=deepspeed",
+        "trainer.zero_stage=2",
+        "trainer.max_steps=1",
+    )
+    result = rlalign.train(config, quiet=True)
+    folder = result.path / "checkpoints" / "step_1"
+    assert load_masked_lm(ModelConfig(path=str(folder))).mask_id == 262
 
 
 SEVERAL = ["algo.num_iterations=2", "algo.num_minibatches=2", "trainer.max_steps=3"]
