@@ -46,6 +46,10 @@ class Summary:
             return rows
         for name in ("hard", "score"):
             rows.append((f"{name}, mean", self._change("before", "after", name)))
+        if all(record["alone"] for record in self.records):
+            rows.append(
+                ("score of the greedy sequence, mean", f"{self._mean('alone', 'score'):.3f}")
+            )
         rows.append(("safe", self._change("before", "after", "is_safe")))
         for name in self.records[0]["measured"]["before"]:
             before, after = (self._mean("measured", when, name) for when in ("before", "after"))
@@ -146,6 +150,7 @@ def make_record(domain: Domain, item: Item, result: ReflectResult) -> Record:
         "result": domain.describe(item, result.ids_T),
         "stop": str(result.stop),
         "is_safe": result.is_safe,
+        "alone": None if result.alone is None else rating(result.alone),
         "before": rating(result.before),
         "after": rating(result.after),
         "measured": {

@@ -24,11 +24,13 @@ STEP = 0  # of the random numbers; repairs count from 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafted:
-    """Complete sequences. `goal` is the unit that stays fixed in repairs, if any."""
+    """Complete sequences. `alone` is the row the model writes greedily by itself, if it is there;
+    `goal` the unit of any other row that stays fixed in repairs, if any."""
 
     ids_KT: Tensor  # int64
     logp_K: Tensor  # float32: the sum over the tokens that were filled
     goal: int | None = None
+    alone: int | None = None
 
 
 class Drafts(Protocol):
@@ -45,12 +47,14 @@ class SampleDrafts:
     def draft(self, session: Session) -> Search[Drafted]:
         rows_KT = session.problem.canvas.ids_BT.repeat(self.num, 1)
         filled = yield from session.fill(rows_KT, STEP, self.temperature)
-        return Drafted(filled.ids_BT, filled.logp_BT.sum(1))
+        alone = 0 if self.temperature == 0 else None
+        return Drafted(filled.ids_BT, filled.logp_BT.sum(1), alone=alone)
 
 
 @dataclass(frozen=True, slots=True)
 class GoalDrafts:
-    """At most `num` greedy sequences, each around another goal: a value of unit `unit`.
+    """At most `num` greedy sequences, each around another goal, which is a value of unit `unit`;
+    `with_greedy` the one without a goal too, so that the best is never below it.
 
     Of the `num_pairs` likeliest values those are taken, in order of probability, that are at least
     `min_distance` from all taken before (0: all). A distance is `spacing` times the Euclidean one
@@ -67,6 +71,7 @@ class GoalDrafts:
     width: int = 12
     joint: str = "chain"
     keep_goal: bool = False
+    with_greedy: bool = True
 
     def draft(self, session: Session) -> Search[Drafted]:
         """Raises DecodeError for a joint that is neither."""
@@ -81,11 +86,14 @@ class GoalDrafts:
             session, blank_T, columns, width=self.width, keep=self.num_pairs, joint=self.joint
         )
         kept = suppress(goal_CL.double() * self.spacing, self.min_distance, self.num)
-        rows_KT = blank_T.repeat(len(kept), 1)
-        rows_KT[:, columns] = goal_CL[kept]
+        num_alone = int(self.with_greedy)
+        rows_KT = blank_T.repeat(num_alone + len(kept), 1)
+        rows_KT[num_alone:, columns] = goal_CL[kept]
         filled = yield from session.fill(rows_KT, STEP)
-        logp_K = logp_C[kept] + filled.logp_BT.sum(1)
-        return Drafted(filled.ids_BT, logp_K, unit if self.keep_goal else None)
+        logp_K = filled.logp_BT.sum(1)
+        logp_K[num_alone:] += logp_C[kept]
+        goal, alone = unit if self.keep_goal else None, 0 if self.with_greedy else None
+        return Drafted(filled.ids_BT, logp_K, goal, alone)
 
 
 def suppress(point_CL: Tensor, min_distance: float, num: int) -> Tensor:

@@ -38,8 +38,9 @@ def _article(entry: Entry) -> str:
     record = entry.record
     before, after = record["before"], record["after"]
     state = "safe" if record["is_safe"] else "unsafe"
+    alone = f"greedy alone {record['alone']['score']:.3f}; " if record["alone"] else ""
     facts = (
-        f"score {before['score']:.3f} &rarr; {after['score']:.3f}, "
+        f"{alone}score {before['score']:.3f} &rarr; {after['score']:.3f}, "
         f"violated units {len(before['violated'])} &rarr; {len(after['violated'])}; "
         f"{record['iterations']} repairs, {record['forwards']} forwards, "
         f"{record['scorer_calls']} sequences judged; stopped: {html.escape(record['stop'])}"

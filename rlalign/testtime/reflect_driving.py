@@ -43,7 +43,8 @@ WAYPOINTS = UnitMap.even(NUM_WAYPOINTS, 2)
 
 class DrivingDomain:
     """Scenes: `{"seed": 1000007}` or `{"scene": {...}}` as `Scene.to_json` writes it; or held-out
-    scenes of its own. `drafts` goals lie at least 0.9 m apart; 1 is the greedy plan."""
+    scenes of its own. `drafts` > 1 goals lie at least 0.9 m apart, and the greedy plan is a draft
+    too; 1 is the greedy plan alone."""
 
     OPTIONS: Mapping[str, Any] = {"oracle": "cv", "drafts": 3, "size": "full"}
     OWN: frozenset[str] = frozenset()

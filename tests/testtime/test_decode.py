@@ -59,6 +59,9 @@ def test_records_tell_what_the_verifier_says_of_what_they_show():
     after = sum(record["after"]["hard"] for record in seen) / 6
     assert after > before
     assert ("hard, mean", f"{before:.3f} -> {after:.3f}") in summary.rows()
+    assert all(record["alone"] == record["before"] for record in seen)  # one draft, the greedy one
+    score = sum(record["alone"]["score"] for record in seen) / 6
+    assert ("score of the greedy sequence, mean", f"{score:.3f}") in summary.rows()
     assert seen == decode_reflect("sudoku", ["steps=1"], num=6, blanks=12).records
     assert seen != decode_reflect("sudoku", ["steps=1", "seed=1"], num=6, blanks=12).records
 

@@ -81,8 +81,8 @@ def cases(draw):
             [
                 (SampleDrafts(), 1, 0),
                 (SampleDrafts(3, 1.0), 3, 0),
-                (GoalDrafts(3, min_distance=1.0), 3, 2),
-                (GoalDrafts(2, min_distance=0.0, joint="independent", keep_goal=True), 2, 1),
+                (GoalDrafts(3, min_distance=1.0), 1 + 3, 2),
+                (GoalDrafts(2, min_distance=0.0, joint="independent", keep_goal=True), 1 + 2, 1),
             ]
         )
     )
@@ -122,6 +122,8 @@ def test_whatever_the_verifier_says_the_promises_hold(case):
             assert torch.equal(ids_T[given_T], canvas_T[given_T])
             assert not bool((ids_T == 4).any())
         assert result.after.order >= result.before.order
+        if not isinstance(drafts, SampleDrafts) or drafts.temperature == 0:
+            assert result.alone is not None and result.before.order >= result.alone.order
         verdict = problem.verifier.judge(torch.stack([result.draft_T, result.ids_T]))
         for i, rating in enumerate((result.before, result.after)):
             told = [verdict.hard_B[i], verdict.score_B[i], *verdict.safe_BU[i]]
@@ -298,6 +300,26 @@ def test_sequences_that_come_back_widen_the_search_and_then_end_it():
     result = Reflector(Contrary(), Grammar([[0], [1]]), config=config, **shared).run(problem)
     assert [edit.ids for edit in result.trace] == [(0, 1, 0), (0, 0, 0)]
     assert result.stop == Stop.NO_IMPROVEMENT
+
+
+def test_a_result_is_never_below_what_the_model_writes_alone():
+    """Of goals each is worse than the greedy sequence, which is worth 1; its rating is kept."""
+    greedy = Reflector(HashModel(), SpanDelete()).run(
+        problem_of(blank(4, 4), RandomVerifier(4, 0, 1.0))
+    )
+    wanted = greedy.draft_T.tolist()
+    verifier = FunctionVerifier(4, lambda row: (float(row == wanted), [0.0] * 4, 0.0))
+    config = ReflectConfig(max_iters=0)
+    for with_greedy in (True, False):
+        drafts = GoalDrafts(3, 3, min_distance=0.0, with_greedy=with_greedy)
+        reflector = Reflector(HashModel(), SpanDelete(), drafts=drafts, config=config)
+        result = reflector.run(problem_of(blank(4, 4), verifier))
+        assert result.scorer_calls == 3 + with_greedy
+        if with_greedy:
+            assert result.ids_T.tolist() == wanted and result.alone == result.before
+            assert result.before.score == 1
+        else:
+            assert result.alone is None
 
 
 def test_of_drafts_that_are_all_worth_nothing_the_one_that_fails_last_is_taken():
