@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections import Counter
@@ -44,13 +45,13 @@ class Summary:
         rows = [("problems", f"{num}"), ("lines skipped", f"{len(self.skipped)}")]
         if not num:
             return rows
-        for name in ("hard", "score"):
-            rows.append((f"{name}, mean", self._change("before", "after", name)))
+        rows.append(("hard, mean", self._change("hard")))
+        rows.append(("score, mean", self._change("score")))
         if all(record["alone"] for record in self.records):
             rows.append(
                 ("score of the greedy sequence, mean", f"{self._mean('alone', 'score'):.3f}")
             )
-        rows.append(("safe", self._change("before", "after", "is_safe")))
+        rows.append(("safe", self._change("is_safe")))
         for name in self.records[0]["measured"]["before"]:
             before, after = (self._mean("measured", when, name) for when in ("before", "after"))
             rows.append((f"{name}, mean", f"{before:.3f} -> {after:.3f}"))
@@ -63,16 +64,17 @@ class Summary:
         rows.append(("time", f"{self.wall_s:.1f} s, {1000 * self.wall_s / num:.0f} ms each"))
         return rows
 
-    def _change(self, before: str, after: str, name: str) -> str:
-        return f"{self._mean(before, name):.3f} -> {self._mean(after, name):.3f}"
+    def _change(self, name: str) -> str:
+        return f"{self._mean('before', name):.3f} -> {self._mean('after', name):.3f}"
 
     def _mean(self, *path: str) -> float:
+        """Over the records; a score that was no number makes it -inf."""
         total = 0.0
         for record in self.records:
             value: Any = record
             for name in path:
                 value = value[name]
-            total += float(value)
+            total += -math.inf if value is None else float(value)
         return total / len(self.records)
 
 
@@ -139,7 +141,7 @@ def make_record(domain: Domain, item: Item, result: ReflectResult) -> Record:
     def rating(value: Rating) -> Record:
         return {
             "hard": value.hard,
-            "score": value.score,
+            "score": _number(value.score),
             "is_safe": value.is_safe,
             "violated": list(value.violated),
         }
@@ -163,10 +165,15 @@ def make_record(domain: Domain, item: Item, result: ReflectResult) -> Record:
         "scorer_calls": result.scorer_calls,
         "bad_scores": result.bad_scores,
         "edits": [
-            {"unit": e.unit, "old": e.old, "new": e.new, "score": e.rating.score}
+            {"unit": e.unit, "old": e.old, "new": e.new, "score": _number(e.rating.score)}
             for e in result.trace
         ],
     }
+
+
+def _number(score: float) -> float | None:
+    """JSON has no infinity: a score that was no number is null."""
+    return score if math.isfinite(score) else None
 
 
 def _decode(

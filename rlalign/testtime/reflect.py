@@ -50,7 +50,8 @@ class ReflectResult:
     `before` is of the draft that was chosen; `alone` of what the model writes greedily by itself,
     where that was among the drafts.
     `forwards` are those one after another, `row_forwards` counts the rows of each; `scorer_calls`
-    counts judged sequences, `bad_scores` those among them that could not be judged.
+    counts judged sequences, `bad_scores` those among them that could not be judged or got a number
+    that is not finite.
     """
 
     ids_T: Tensor  # int64
