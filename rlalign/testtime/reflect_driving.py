@@ -32,7 +32,7 @@ from rlalign.tasks.driving.scenes import NUM_WAYPOINTS
 from rlalign.tasks.errors import TaskError
 from rlalign.testtime.domain import Item, item_name
 from rlalign.testtime.drafts import GoalDrafts, SampleDrafts
-from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.errors import DecodeError, check_at_least
 from rlalign.testtime.neighbourhoods import ManhattanBall
 from rlalign.testtime.problem import Problem, UnitMap
 from rlalign.testtime.rating import Rating
@@ -59,6 +59,7 @@ class DrivingDomain:
         size: str,
     ) -> None:
         config = parse(ReflectConfig, {}, overrides)
+        check_at_least(1, drafts=drafts)
         if oracle not in ("cv", "gt"):
             raise DecodeError(f"oracle={oracle!r}: choose cv or gt")
         self.oracle, self.seed = oracle, config.seed
@@ -79,7 +80,9 @@ class DrivingDomain:
 
     def read(self, row: Mapping[str, Any], name: str) -> Item:
         if isinstance(row.get("scene"), dict):
-            scene = with_expert(Scene.from_json(json.dumps(row["scene"])))
+            scene: Scene | None = Scene.from_json(json.dumps(row["scene"]))
+            if scene.expert_N2 is None:
+                scene = with_expert(scene)
             if scene is None:
                 raise TaskError("no drivable plan is known for this scene: leave it out")
         elif isinstance(row.get("seed"), int) and row["seed"] >= 0:

@@ -57,6 +57,12 @@ def test_a_scene_comes_as_a_seed_or_as_json_and_both_are_the_same(tmp_path):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     first, second = decode_reflect("driving", QUICK, source=file).records
     assert first == second
+    scene["expert_N2"][-1][0] += 1.0  # an expert of its own is kept, a missing one is found
+    rows = [{"scene": scene}, {"scene": scene | {"expert_N2": None}}]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    own, found = decode_reflect("driving", QUICK, source=file).records
+    distances = [r["measured"]["after"]["expert_distance_m"] for r in (own, found, first)]
+    assert distances[0] != distances[1] == distances[2]
     for bad in ({"seed": -1}, {"seed": "7"}, {"scene": {"lanes": []}}, {}):
         file.write_text(json.dumps(bad))
         with pytest.raises(DecodeError, match="line 1"):
@@ -78,5 +84,8 @@ def test_later_waypoints_move_along_with_a_candidate():
 def test_an_unknown_oracle_is_refused_and_one_draft_is_the_greedy_plan():
     with pytest.raises(DecodeError, match="choose cv or gt"):
         open_domain("driving", QUICK, {"oracle": "learned"})
+    for drafts in (0, -1):
+        with pytest.raises(DecodeError, match=f"drafts={drafts}: at least 1"):
+            open_domain("driving", QUICK, {"drafts": drafts})
     [record] = decode_reflect("driving", ["steps=2", "max_iters=0"], num=1, drafts=1).records
     assert record["forwards"] == 2 and record["row_forwards"] == 2
