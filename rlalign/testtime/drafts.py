@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlalign.testtime.beam import beam
-from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.errors import DecodeError, check_at_least
 from rlalign.testtime.session import Search, Session
 
 STEP = 0  # of the random numbers; repairs count from 1
@@ -39,10 +39,14 @@ class Drafts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampleDrafts:
-    """`num` samples at `temperature`; the default is the greedy sequence alone."""
+    """`num` samples at `temperature`; the default is the greedy sequence alone. Raises DecodeError
+    for num < 1."""
 
     num: int = 1
     temperature: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, drafts=self.num)
 
     def draft(self, session: Session) -> Search[Drafted]:
         rows_KT = session.problem.canvas.ids_BT.repeat(self.num, 1)
@@ -61,6 +65,8 @@ class GoalDrafts:
     of the token ids, for a vocabulary whose neighbours are `spacing` apart. `joint` says how the
     unit's columns are combined: `chain`, with `width` values of each kept on the way, or
     `independent`. `keep_goal` makes the goal the first anchor of repairs.
+
+    Raises DecodeError for num, num_pairs or width < 1, and for a joint that is neither.
     """
 
     num: int = 3
@@ -73,11 +79,18 @@ class GoalDrafts:
     keep_goal: bool = False
     with_greedy: bool = True
 
-    def draft(self, session: Session) -> Search[Drafted]:
-        """Raises DecodeError for a joint that is neither."""
+    def __post_init__(self) -> None:
+        check_at_least(1, drafts=self.num, num_pairs=self.num_pairs, width=self.width)
         if self.joint not in ("chain", "independent"):
             raise DecodeError(f"joint={self.joint!r}: choose chain or independent")
+
+    def draft(self, session: Session) -> Search[Drafted]:
+        """Raises DecodeError where the problem has no unit `unit`."""
         units, blank_T = session.problem.units, session.problem.canvas.ids_BT[0]
+        if not -len(units) <= self.unit < len(units):
+            raise DecodeError(
+                f"unit={self.unit}: choose a goal unit of {-len(units)} to {len(units) - 1}"
+            )
         unit = self.unit % len(units)
         columns = [column for column in units.columns[unit] if session.free_T[column]]
         if not columns:

@@ -27,7 +27,7 @@ from rlalign.config.load import check_values
 from rlalign.config.reflect import ReflectConfig
 from rlalign.models.masked_diffusion import MaskedModel
 from rlalign.testtime.drafts import Drafts, SampleDrafts
-from rlalign.testtime.neighbourhoods import Neighbourhood
+from rlalign.testtime.neighbourhoods import Neighbourhood, check_tokens
 from rlalign.testtime.problem import Problem, check_problem
 from rlalign.testtime.rating import Judge, Rating
 from rlalign.testtime.repair import Completion, Edit, Repairs, check_completion
@@ -94,10 +94,12 @@ class Reflector:
         completion: str | Completion = "keep",
         config: ReflectConfig | None = None,
     ) -> None:
-        """Raises ConfigError for an option out of range, DecodeError for an unknown completion."""
+        """Raises ConfigError for an option out of range, DecodeError for an unknown completion and
+        for a neighbourhood with a token that the model does not have."""
         self.config = config or ReflectConfig()
         check_values(self.config)
         check_completion(completion)
+        check_tokens(neighbourhood, model)
         self.model, self.drafts = model, drafts or SampleDrafts()
         self.neighbourhood, self.completion = neighbourhood, completion
 

@@ -122,3 +122,16 @@ def test_samples_differ_by_index_and_seed_and_greedy_ones_do_not():
 def test_an_unknown_joint_is_named():
     with pytest.raises(DecodeError, match="chain or independent"):
         drafted(GoalDrafts(joint="both"), PairModel(JOINT))
+
+
+def test_numbers_out_of_range_are_named():
+    for wrong in ({"num": 0}, {"num": -1}, {"num_pairs": 0}, {"width": 0}):
+        with pytest.raises(DecodeError, match="at least 1"):
+            GoalDrafts(**wrong)
+    with pytest.raises(DecodeError, match="drafts=0"):
+        SampleDrafts(0)
+    model = HashModel(vocab=6)
+    for unit in (4, -5):
+        with pytest.raises(DecodeError, match=f"unit={unit}: choose a goal unit of -4 to 3"):
+            drafted(GoalDrafts(unit=unit), model, columns=8)
+    assert len(drafted(GoalDrafts(unit=-4), model, columns=8)[0].ids_KT) > 1
