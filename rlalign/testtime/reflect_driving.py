@@ -95,6 +95,10 @@ class DrivingDomain:
         """Waypoints (x forward, y left) in metres."""
         return self.codebook.decode(ids_T).round(3).tolist()
 
+    def describe_unit(self, tokens: Sequence[int]) -> list[float]:
+        """A waypoint in metres."""
+        return self.codebook.decode(torch.tensor(tokens))[0].round(3).tolist()
+
     def measure(self, item: Item, ids_T: Tensor) -> dict[str, float]:
         """The PDM score under the real futures, and the mean distance to the expert's plan."""
         truth = DrivingVerifier(item.source, self.codebook, "gt").judge(ids_T[None])
@@ -104,7 +108,12 @@ class DrivingDomain:
     def picture(self, item: Item, result: ReflectResult) -> str:
         steps = [(result.draft_T, result.before, "draft")]
         for number, edit in enumerate(result.trace, 1):
-            steps.append((torch.tensor(edit.ids), edit.rating, f"repair {number}"))
+            made = "unchanged"
+            if edit.moved is not None and edit.moved_rating is not None:
+                moved = (torch.tensor(edit.moved), edit.moved_rating, f"repair {number}: moved")
+                steps.append(moved)
+                made = "rewritten"
+            steps.append((torch.tensor(edit.ids), edit.rating, f"repair {number}: {made}"))
         steps.append((result.ids_T, result.after, "result"))
         images = draw_plans(item.source, [self._view(item.source, *step) for step in steps])
         data = base64.b64encode(reflection_gif(images)).decode()
@@ -123,4 +132,4 @@ class DrivingDomain:
 
     def _view(self, scene: Scene, ids_T: Tensor, rating: Rating, label: str) -> PlanView:
         unsafe_N = torch.tensor([n in rating.violated for n in range(NUM_WAYPOINTS)]).numpy()
-        return PlanView(self._states(scene, ids_T), unsafe_N, f"{label}: {rating.score:.2f}")
+        return PlanView(self._states(scene, ids_T), unsafe_N, f"{label} {rating.score:.2f}")

@@ -69,6 +69,9 @@ class SudokuDomain:
     def describe(self, item: Item, ids_T: Tensor) -> str:
         return " ".join(render(ids_T).split())
 
+    def describe_unit(self, tokens: Sequence[int]) -> str:
+        return "".join(SYMBOLS[token] for token in tokens)
+
     def measure(self, item: Item, ids_T: Tensor) -> dict[str, float]:
         return {}
 

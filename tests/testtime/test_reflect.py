@@ -196,8 +196,10 @@ def test_one_repair_is_what_its_definition_says(regen, seed):
     edit = result.trace[0]
     assert (edit.unit, edit.old) == (unit, (draft[unit],))
     if token == draft[unit]:
-        assert edit.ids == tuple(draft)
+        assert edit.ids == tuple(draft) and edit.moved is None
         return
+    assert edit.moved == tuple(row) and edit.moved_rating is not None
+    assert edit.moved_rating.score == pytest.approx(verifier._row(row)[0])
     masked = {
         "suffix": range(unit - 1, num),
         "window": range(unit - 1, unit + 2),
@@ -297,6 +299,7 @@ def test_sequences_that_come_back_widen_the_search_and_then_end_it():
     assert [edit.ids for edit in result.trace] == [(0, 1, 0), (1, 0, 0), (0, 1, 0)]
     assert result.stop == Stop.CYCLE and Watched.reached == [1.0, 1.0, 1.5]
     assert result.ids_T.tolist() == [0, 0, 0]  # a candidate, which was judged like the rest
+    assert result.trace[0].moved == (0, 0, 0) and result.trace[0].moved_rating == result.after
     config = ReflectConfig(regen="all")
     result = Reflector(Contrary(), Grammar([[0], [1]]), config=config, **shared).run(problem)
     assert [edit.ids for edit in result.trace] == [(0, 1, 0), (0, 0, 0)]

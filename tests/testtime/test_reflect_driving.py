@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import json
 import re
 
@@ -17,6 +18,7 @@ from rlalign.models.planner import Planner
 from rlalign.tasks.driving import DrivingVerifier, make_scene
 from rlalign.testtime import DecodeError, decode_reflect, reflect_driving
 from rlalign.testtime.domain import open_domain
+from rlalign.testtime.repair import Edit
 
 QUICK = ["steps=2", "max_iters=2"]
 
@@ -67,6 +69,28 @@ def test_a_scene_comes_as_a_seed_or_as_json_and_both_are_the_same(tmp_path):
         file.write_text(json.dumps(bad))
         with pytest.raises(DecodeError, match="line 1"):
             decode_reflect("driving", QUICK, source=file)
+
+
+def test_pictures_show_what_was_moved_and_what_the_model_made_of_it(monkeypatch):
+    drawn = []
+    draw = reflect_driving.draw_plans
+    monkeypatch.setattr(reflect_driving, "draw_plans", lambda s, v: drawn.append(v) or draw(s, v))
+    domain = open_domain("driving", QUICK)
+    item = domain.make(0)
+    result = domain.reflector.run(item.problem)
+    ids, low = tuple(result.draft_T.tolist()), result.before
+    high = dataclasses.replace(low, score=0.83)
+    moved = Edit(2, (7, 7), (9, 9), ids, low, ids, high)
+    idle = Edit(3, (7, 7), (7, 7), ids, low)
+    domain.picture(item, dataclasses.replace(result, trace=(moved, idle)))
+    assert [view.label.rsplit(" ", 1)[0] for view in drawn[0]] == [
+        "draft",
+        "repair 1: moved",
+        "repair 1: rewritten",
+        "repair 2: unchanged",
+        "result",
+    ]
+    assert drawn[0][1].label == "repair 1: moved 0.83"
 
 
 def test_later_waypoints_move_along_with_a_candidate():

@@ -166,7 +166,7 @@ def _check(scene: Scene) -> None:
         "the expert's plan is not [8, 2]": scene.expert_N2 is None
         or scene.expert_N2.shape == (NUM_WAYPOINTS, 2),
         "points_P2 of a lane has two equal neighbours": all(
-            (np.diff(lane.points_P2, axis=0) != 0).any(1).all() for lane in scene.lanes
+            np.diff(lane.points_P2, axis=0).any(-1).all() for lane in scene.lanes
         ),
     }
     for problem, fine in shapes.items():
