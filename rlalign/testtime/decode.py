@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,8 @@ from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.page import Entry, write_page
 from rlalign.testtime.rating import Rating
 from rlalign.testtime.reflect import ReflectResult
+from rlalign.testtime.repair import Edit
+from rlalign.tracking.rundir import write_atomic
 
 NUM_ITEMS = 20
 BATCH = 16  # problems that share forward passes
@@ -86,6 +89,7 @@ def decode_reflect(
     source: str | Path | None = None,
     out: str | Path | None = None,
     skip_bad: bool = False,
+    resume: bool = False,
     on_record: Callable[[Record], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     building: Progress | None = None,
@@ -95,43 +99,50 @@ def decode_reflect(
     those of the JSONL file `source` (`-`: stdin; at most `num`).
 
     `overrides` are key=value options of `ReflectConfig`, `options` the domain's own. `on_record` is
-    given each record as it is ready, `on_progress` (done, in all). `out` is a folder for
-    results.jsonl and index.html, a page to look at.
+    given each new record as it is ready, `on_progress` (done, in all). `out` is a folder for
+    results.jsonl and index.html, a page to look at, which is written also when a run ends early.
+    `resume` keeps the results that are in `out` and goes on with the problems whose ids they lack;
+    the settings should be those of the first run.
 
     Raises DecodeError for a line that cannot be used, before anything is decoded (`skip_bad` leaves
-    such lines out and counts them), and where `out` holds results already; what `open_domain` and
-    the domain's verifier raise.
+    such lines out and counts them), and where `out` holds results already (without `resume`); what
+    `open_domain` and the domain's verifier raise.
 
     >>> decode_reflect("sudoku", ["steps=4"], num=5, blanks=10).rows()
     """
-    folder = _unclaimed(out)
+    folder = None if out is None else Path(out)
+    summary = Summary(_held(folder, resume))
     if num is not None and num < 1:
         raise DecodeError(f"num={num}: at least 1 problem is needed")
     world = open_domain(domain, overrides, options, building) if isinstance(domain, str) else domain
-    summary = Summary()
     if source is None:
-        items = [world.make(index) for index in range(NUM_ITEMS if num is None else num)]
+        total = NUM_ITEMS if num is None else num
+        items: Iterable[Item] = map(world.make, range(total))
     else:
         for name in sorted(world.OWN & set(options)):
             raise DecodeError(
                 f"{name} shapes problems of {domain}'s own: leave out {name} or input"
             )
         items, summary.skipped = _read(world, str(source), num, skip_bad)
-    begun, entries = time.monotonic(), []
+        total = len(items)
+    left = _left(items, summary.records)
+    begun, entries = time.monotonic(), [Entry(record, "") for record in summary.records]
     with _writer(folder) as file:
-        for item, result in _decode(world, items, on_progress):
-            record = make_record(world, item, result)
-            summary.records.append(record)
-            if file is not None:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                picture = world.picture(item, result) if len(entries) < MAX_PICTURES else ""
-                entries.append(Entry(record, picture))
-            if on_record is not None:
-                on_record(record)
-    summary.wall_s = time.monotonic() - begun
-    if folder is not None:
-        summary.page = write_page(folder / PAGE, entries, summary.rows())
+        try:
+            for item, result in _decode(world, left, len(entries), total, on_progress):
+                record = make_record(world, item, result)
+                summary.records.append(record)
+                if file is not None:
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                    picture = world.picture(item, result) if len(entries) < MAX_PICTURES else ""
+                    entries.append(Entry(record, picture))
+                if on_record is not None:
+                    on_record(record)
+        finally:
+            summary.wall_s = time.monotonic() - begun
+            if folder is not None:
+                summary.page = write_page(folder / PAGE, entries, summary.rows())
     return summary
 
 
@@ -164,10 +175,18 @@ def make_record(domain: Domain, item: Item, result: ReflectResult) -> Record:
         "row_forwards": result.row_forwards,
         "scorer_calls": result.scorer_calls,
         "bad_scores": result.bad_scores,
-        "edits": [
-            {"unit": e.unit, "old": e.old, "new": e.new, "score": _number(e.rating.score)}
-            for e in result.trace
-        ],
+        "edits": [_edit(domain, edit) for edit in result.trace],
+    }
+
+
+def _edit(domain: Domain, edit: Edit) -> Record:
+    moved = edit.moved_rating
+    return {
+        "unit": edit.unit,
+        "old": domain.describe_unit(edit.old),
+        "new": domain.describe_unit(edit.new),
+        "moved_score": None if moved is None else _number(moved.score),
+        "score": _number(edit.rating.score),
     }
 
 
@@ -177,17 +196,19 @@ def _number(score: float) -> float | None:
 
 
 def _decode(
-    domain: Domain, items: Sequence[Item], on_progress: Callable[[int, int], None] | None
+    domain: Domain,
+    items: Iterator[Item],
+    done: int,
+    total: int,
+    on_progress: Callable[[int, int], None] | None,
 ) -> Iterator[tuple[Item, ReflectResult]]:
-    done = 0
-    for first in range(0, len(items), BATCH):
-        batch = items[first : first + BATCH]
+    while batch := list(itertools.islice(items, BATCH)):
         results = domain.reflector.run_many([item.problem for item in batch])
         for pair in zip(batch, results, strict=True):
             yield pair
             done += 1
             if on_progress is not None:
-                on_progress(done, len(items))
+                on_progress(done, total)
 
 
 def _read(
@@ -230,16 +251,40 @@ def _lines(source: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _unclaimed(out: str | Path | None) -> Path | None:
-    """The folder for results, which holds none yet and may not exist."""
-    if out is None:
-        return None
-    folder = Path(out)
-    if (folder / RECORDS).exists():
+def _held(folder: Path | None, resume: bool) -> list[Record]:
+    """The records that the folder holds; a last line that was cut off is taken out of the file."""
+    if folder is None:
+        if resume:
+            raise DecodeError("resume needs the folder of the first run: give out")
+        return []
+    path = folder / RECORDS
+    if not path.exists():
+        return []
+    if not resume:
         raise DecodeError(
-            f"{folder} holds {RECORDS} already, which would be lost: choose another folder"
+            f"{folder} holds {RECORDS} already, which would be lost: choose another folder, or go "
+            "on with it by --resume"
         )
-    return folder
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    records = []
+    for row in read_lines(whole.splitlines(keepends=True)):
+        if row.value is None or not set(row.value) >= {"id", "alone", "before", "after", "edits"}:
+            raise DecodeError(f"{path}, {row.place} is no result: choose another folder")
+        records.append(row.value)
+    if len(whole) < len(content):
+        write_atomic(path, whole.decode())
+    return records
+
+
+def _left(items: Iterable[Item], records: Sequence[Record]) -> Iterator[Item]:
+    """The items without a record; of several with one id as many as records are missing."""
+    held = Counter(record["id"] for record in records)
+    for item in items:
+        if held[item.problem.id]:
+            held[item.problem.id] -= 1
+        else:
+            yield item
 
 
 @contextmanager
@@ -251,5 +296,5 @@ def _writer(folder: Path | None) -> Iterator[IO[str] | None]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DecodeError(f"{folder} cannot be made ({error}): choose another folder") from error
-    with (folder / RECORDS).open("x") as file:
+    with (folder / RECORDS).open("a") as file:
         yield file
