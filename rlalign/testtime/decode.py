@@ -115,16 +115,11 @@ def decode_reflect(
     if num is not None and num < 1:
         raise DecodeError(f"num={num}: at least 1 problem is needed")
     world = open_domain(domain, overrides, options, building) if isinstance(domain, str) else domain
-    if source is None:
-        total = NUM_ITEMS if num is None else num
-        items: Iterable[Item] = map(world.make, range(total))
-    else:
-        for name in sorted(world.OWN & set(options)):
-            raise DecodeError(
-                f"{name} shapes problems of {domain}'s own: leave out {name} or input"
-            )
-        items, summary.skipped = _read(world, str(source), num, skip_bad)
-        total = len(items)
+    if source is not None and (own := sorted(world.OWN & set(options))):
+        raise DecodeError(
+            f"{own[0]} shapes problems of {domain}'s own: leave out {own[0]} or input"
+        )
+    items, total, summary.skipped = _items(world, source, num, skip_bad)
     left = _left(items, summary.records)
     begun, entries = time.monotonic(), [Entry(record, "") for record in summary.records]
     with _writer(folder) as file:
@@ -275,6 +270,17 @@ def _held(folder: Path | None, resume: bool) -> list[Record]:
     if len(whole) < len(content):
         write_atomic(path, whole.decode())
     return records
+
+
+def _items(
+    domain: Domain, source: str | Path | None, num: int | None, skip_bad: bool
+) -> tuple[Iterable[Item], int, list[str]]:
+    """The problems, made only when needed if they are the domain's own; how many; lines skipped."""
+    if source is None:
+        total = NUM_ITEMS if num is None else num
+        return map(domain.make, range(total)), total, []
+    items, skipped = _read(domain, str(source), num, skip_bad)
+    return items, len(items), skipped
 
 
 def _left(items: Iterable[Item], records: Sequence[Record]) -> Iterator[Item]:
