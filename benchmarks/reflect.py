@@ -5,6 +5,8 @@ or at constant velocity (cv); every figure is taken with the real ones. Failures
 something or leave the road. The last two columns of scores are seen by no scorer: the distance to
 the expert's plan, and to the nearest lane's centre. `best of n` spends as many rows of forward
 passes on independent samples, chosen by the same oracle. Intervals: paired bootstrap over scenes.
+A search is never below the planner in its oracle's order, which says nothing of how many scenes are
+`worse than the planner alone` by the real futures.
 
 Sudoku: 300 puzzles of grids that the model has not seen; the control spends the same forwards.
 """
@@ -77,7 +79,6 @@ def driving(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return rows, [
         _bar("driving: failures that reflection (cv) removes", cut, FAILURES),
         _bar("driving: PDMS gained (cv), low end of the interval", by_side[FULL]["low"], 0.0),
-        _bar("driving: repairs at most", -max(by_side[FULL]["repairs at most"], 0), -10),
     ]
 
 
@@ -107,6 +108,7 @@ def _row(
     low, high = _interval(scores[side] - scores[PLANNER])
     row = {
         "part": "driving", "side": side, **figures, "low": low, "high": high,
+        "worse than the planner alone %": worse_share(scores[side], scores[PLANNER]),
         "repairs": statistics.mean(result.iterations for result in results),
         "repairs at most": max(result.iterations for result in results),
         "forwards": statistics.mean(result.forwards for result in results),
@@ -146,6 +148,11 @@ def _figures(scenes: Sequence[Any], plans: Sequence[np.ndarray]) -> dict[str, An
     return {**means, "pdms": np.array(found["PDMS"])}
 
 
+def worse_share(score_N: np.ndarray, planner_N: np.ndarray) -> float:
+    """Per cent of the scenes whose score is below the planner's; rounding does not count."""
+    return 100.0 * float((score_N < planner_N - 1e-9).mean())
+
+
 def _interval(difference_N: np.ndarray) -> tuple[float, float]:
     """95 % of the mean, by 10,000 resamplings of the scenes."""
     rng = np.random.default_rng(0)
@@ -176,8 +183,7 @@ def sudoku(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         print(rows[-1], file=sys.stderr, flush=True)
         if (blanks, steps) == (12, 2):
             bars.append(_bar("sudoku: solved, 12 blanks in 2 steps", solved, SUDOKU))
-    worse = sum(row["worse than the draft"] for row in rows)
-    return rows, [*bars, _bar("sudoku: results worse than their drafts", -worse, 0)]
+    return rows, bars
 
 
 def _bar(what: str, value: float, bar: float) -> dict[str, Any]:

@@ -191,6 +191,7 @@ def decode_reflect(
         Path | None, typer.Option(help="Folder for results.jsonl and index.html; else stdout.")
     ] = None,
     skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be used.")] = False,
+    resume: Annotated[bool, typer.Option(help="Go on with the results in --out.")] = False,
     steps: Annotated[int | None, typer.Option(help="Forward passes that fill a canvas.")] = None,
     drafts: Annotated[int | None, typer.Option(help="First sequences to choose from.")] = None,
     blanks: Annotated[int | None, typer.Option(help="sudoku: blank cells of its puzzles.")] = None,
@@ -208,7 +209,8 @@ def decode_reflect(
     settings = [*(overrides or []), *([f"steps={steps}"] if steps is not None else [])]
     options = {"drafts": drafts, "blanks": blanks, "oracle": oracle, "size": size}
     given = {name: value for name, value in options.items() if value is not None}
-    shared: dict[str, Any] = {"num": num, "source": input, "out": out, "skip_bad": skip_bad}
+    shared: dict[str, Any] = {"num": num, "source": input, "out": out}
+    shared |= {"skip_bad": skip_bad, "resume": resume}
     show = None if out else lambda record: typer.echo(json.dumps(record))
     with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
         bar = bars.add_task(domain, total=None)

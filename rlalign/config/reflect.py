@@ -47,5 +47,10 @@ class ReflectConfig:
     temperature: float = option(
         0.0, "Of what is written anew; 0 takes the likeliest token.", ge=0.0
     )
-    seed: int = option(0, "Of all that is drawn.")
+    seed: int = option(
+        0,
+        "Of all that is drawn, and of the problems that a domain makes itself.",
+        ge=0,
+        le=2**31 - 1,
+    )
     max_rows: int = option(256, "Rows of one forward pass at most.", ge=1)

@@ -41,6 +41,8 @@ def _row(index: int, place: str, line: bytes) -> RawRow:
         return RawRow(index, place, None, f"not UTF-8: {error.reason} at byte {error.start}")
     except json.JSONDecodeError as error:
         return RawRow(index, place, None, f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of 4300 digits, a deep nesting
+        return RawRow(index, place, None, f"not JSON that can be read: {error}")
     if not isinstance(value, dict):
         return RawRow(index, place, None, f"a line is {type(value).__name__}, not a JSON object")
     return RawRow(index, place, value)

@@ -51,6 +51,7 @@ def _search(
         ids_T=judge.best_T,
         draft_T=greedy.ids_BT[0],
         before=before,
+        alone=before,
         after=judge.best,
         stop=Stop.SAFE if judge.best.is_safe else Stop.BUDGET,
         iterations=0,

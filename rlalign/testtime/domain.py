@@ -48,6 +48,10 @@ class Domain(Protocol):
         """A sequence as people read it; JSON."""
         ...
 
+    def describe_unit(self, tokens: Sequence[int]) -> Any:
+        """The tokens of one unit as people read them; JSON."""
+        ...
+
     def measure(self, item: Item, ids_T: Tensor) -> dict[str, float]:
         """What the verifier of the repair does not see."""
         ...

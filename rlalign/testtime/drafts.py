@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rlalign.testtime.beam import beam
-from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.errors import DecodeError, check_at_least
 from rlalign.testtime.session import Search, Session
 
 STEP = 0  # of the random numbers; repairs count from 1
@@ -24,11 +24,13 @@ STEP = 0  # of the random numbers; repairs count from 1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drafted:
-    """Complete sequences. `goal` is the unit that stays fixed in repairs, if any."""
+    """Complete sequences. `alone` is the row the model writes greedily by itself, if it is there;
+    `goal` the unit of any other row that stays fixed in repairs, if any."""
 
     ids_KT: Tensor  # int64
     logp_K: Tensor  # float32: the sum over the tokens that were filled
     goal: int | None = None
+    alone: int | None = None
 
 
 class Drafts(Protocol):
@@ -37,26 +39,34 @@ class Drafts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class SampleDrafts:
-    """`num` samples at `temperature`; the default is the greedy sequence alone."""
+    """`num` samples at `temperature`; the default is the greedy sequence alone. Raises DecodeError
+    for num < 1."""
 
     num: int = 1
     temperature: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_at_least(1, drafts=self.num)
+
     def draft(self, session: Session) -> Search[Drafted]:
         rows_KT = session.problem.canvas.ids_BT.repeat(self.num, 1)
         filled = yield from session.fill(rows_KT, STEP, self.temperature)
-        return Drafted(filled.ids_BT, filled.logp_BT.sum(1))
+        alone = 0 if self.temperature == 0 else None
+        return Drafted(filled.ids_BT, filled.logp_BT.sum(1), alone=alone)
 
 
 @dataclass(frozen=True, slots=True)
 class GoalDrafts:
-    """At most `num` greedy sequences, each around another goal: a value of unit `unit`.
+    """At most `num` greedy sequences, each around another goal, which is a value of unit `unit`;
+    `with_greedy` the one without a goal too, so that the best is never below it.
 
     Of the `num_pairs` likeliest values those are taken, in order of probability, that are at least
     `min_distance` from all taken before (0: all). A distance is `spacing` times the Euclidean one
     of the token ids, for a vocabulary whose neighbours are `spacing` apart. `joint` says how the
     unit's columns are combined: `chain`, with `width` values of each kept on the way, or
     `independent`. `keep_goal` makes the goal the first anchor of repairs.
+
+    Raises DecodeError for num, num_pairs or width < 1, and for a joint that is neither.
     """
 
     num: int = 3
@@ -67,12 +77,20 @@ class GoalDrafts:
     width: int = 12
     joint: str = "chain"
     keep_goal: bool = False
+    with_greedy: bool = True
 
-    def draft(self, session: Session) -> Search[Drafted]:
-        """Raises DecodeError for a joint that is neither."""
+    def __post_init__(self) -> None:
+        check_at_least(1, drafts=self.num, num_pairs=self.num_pairs, width=self.width)
         if self.joint not in ("chain", "independent"):
             raise DecodeError(f"joint={self.joint!r}: choose chain or independent")
+
+    def draft(self, session: Session) -> Search[Drafted]:
+        """Raises DecodeError where the problem has no unit `unit`."""
         units, blank_T = session.problem.units, session.problem.canvas.ids_BT[0]
+        if not -len(units) <= self.unit < len(units):
+            raise DecodeError(
+                f"unit={self.unit}: choose a goal unit of {-len(units)} to {len(units) - 1}"
+            )
         unit = self.unit % len(units)
         columns = [column for column in units.columns[unit] if session.free_T[column]]
         if not columns:
@@ -81,11 +99,14 @@ class GoalDrafts:
             session, blank_T, columns, width=self.width, keep=self.num_pairs, joint=self.joint
         )
         kept = suppress(goal_CL.double() * self.spacing, self.min_distance, self.num)
-        rows_KT = blank_T.repeat(len(kept), 1)
-        rows_KT[:, columns] = goal_CL[kept]
+        num_alone = int(self.with_greedy)
+        rows_KT = blank_T.repeat(num_alone + len(kept), 1)
+        rows_KT[num_alone:, columns] = goal_CL[kept]
         filled = yield from session.fill(rows_KT, STEP)
-        logp_K = logp_C[kept] + filled.logp_BT.sum(1)
-        return Drafted(filled.ids_BT, logp_K, unit if self.keep_goal else None)
+        logp_K = filled.logp_BT.sum(1)
+        logp_K[num_alone:] += logp_C[kept]
+        goal, alone = unit if self.keep_goal else None, 0 if self.with_greedy else None
+        return Drafted(filled.ids_BT, logp_K, goal, alone)
 
 
 def suppress(point_CL: Tensor, min_distance: float, num: int) -> Tensor:

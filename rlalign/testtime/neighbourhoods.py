@@ -22,8 +22,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlalign.models.masked_diffusion import MaskedModel
 from rlalign.testtime.beam import beam
-from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.errors import DecodeError, check_at_least
 from rlalign.testtime.session import Search, Session
 
 REFINED = 2  # radius around the best point of a lattice
@@ -70,13 +71,18 @@ class ManhattanBall:
 
     Tokens are `first_id` to `first_id` + `num_values` - 1; what lies beyond is clipped. `stride`
     > 0 tries only multiples of it and even steps along the axes, then the ball of radius 2 around
-    the best: of 2 columns with delta 10 and stride 3, 41 + 13 instead of 221.
+    the best: of 2 columns with delta 10 and stride 3, 41 + 13 instead of 221. Raises DecodeError
+    for a value out of range.
     """
 
     num_values: int
     delta: int = 10
     first_id: int = 0
     stride: int = 0
+
+    def __post_init__(self) -> None:
+        check_at_least(1, num_values=self.num_values)
+        check_at_least(0, delta=self.delta, first_id=self.first_id, stride=self.stride)
 
     def propose(self, session: Session, place: Place) -> Search[Candidates | None]:
         yield from ()
@@ -98,9 +104,12 @@ class ManhattanBall:
 @dataclass(frozen=True, slots=True)
 class TopKAlternatives:
     """The `k` likeliest fillings of the masked unit; of several columns by a beam of width `k`,
-    which costs a forward pass a column. Likelier ones cost less."""
+    which costs a forward pass a column. Likelier ones cost less. Raises DecodeError for k < 1."""
 
     k: int = 8
+
+    def __post_init__(self) -> None:
+        check_at_least(1, k=self.k)
 
     def propose(self, session: Session, place: Place) -> Search[Candidates | None]:
         columns = place.columns_L[place.free_L].tolist()
@@ -117,9 +126,14 @@ class TopKAlternatives:
 @dataclass(frozen=True, slots=True)
 class Grammar:
     """Enumerated fillings of a unit, each as many tokens as the unit has columns; those that
-    contradict a given are left out. The current one costs least, the others as they come."""
+    contradict a given are left out. The current one costs least, the others as they come. Raises
+    DecodeError for no alternatives."""
 
     alternatives: Sequence[Sequence[int]]
+
+    def __post_init__(self) -> None:
+        if not len(self.alternatives):
+            raise DecodeError("a grammar without alternatives tries nothing: give one at least")
 
     def propose(self, session: Session, place: Place) -> Search[Candidates | None]:
         yield from ()
@@ -150,6 +164,23 @@ class SpanDelete:
 
     def refine(self, place: Place, best_L: Tensor) -> Candidates | None:
         return None
+
+
+def check_tokens(neighbourhood: Neighbourhood, model: MaskedModel) -> None:
+    """Raises DecodeError where candidates would hold the mask, or what is no token of the model."""
+    if isinstance(neighbourhood, Grammar):
+        tokens = {token for row in neighbourhood.alternatives for token in row}
+    elif isinstance(neighbourhood, ManhattanBall):
+        first = neighbourhood.first_id
+        tokens = set(range(first, first + neighbourhood.num_values))
+    else:
+        return
+    for token in sorted(tokens):
+        if token == model.mask_id or not 0 <= token < model.vocab_size:
+            raise DecodeError(
+                f"the {type(neighbourhood).__name__} tries token {token}; the model's are 0 to "
+                f"{model.vocab_size - 1} without its mask, {model.mask_id}: leave it out"
+            )
 
 
 @functools.cache

@@ -38,8 +38,9 @@ def _article(entry: Entry) -> str:
     record = entry.record
     before, after = record["before"], record["after"]
     state = "safe" if record["is_safe"] else "unsafe"
+    alone = f"greedy alone {_score(record['alone'])}; " if record["alone"] else ""
     facts = (
-        f"score {before['score']:.3f} &rarr; {after['score']:.3f}, "
+        f"{alone}score {_score(before)} &rarr; {_score(after)}, "
         f"violated units {len(before['violated'])} &rarr; {len(after['violated'])}; "
         f"{record['iterations']} repairs, {record['forwards']} forwards, "
         f"{record['scorer_calls']} sequences judged; stopped: {html.escape(record['stop'])}"
@@ -50,3 +51,7 @@ def _article(entry: Entry) -> str:
         f'<article class="{state}"><h2>{html.escape(record["id"])} '
         f'<span class="state">{state}</span></h2>{entry.picture}<p>{facts}</p>{trace}</article>'
     )
+
+
+def _score(rating: dict[str, Any]) -> str:
+    return "not a number" if rating["score"] is None else f"{rating['score']:.3f}"

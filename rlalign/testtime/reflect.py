@@ -27,7 +27,7 @@ from rlalign.config.load import check_values
 from rlalign.config.reflect import ReflectConfig
 from rlalign.models.masked_diffusion import MaskedModel
 from rlalign.testtime.drafts import Drafts, SampleDrafts
-from rlalign.testtime.neighbourhoods import Neighbourhood
+from rlalign.testtime.neighbourhoods import Neighbourhood, check_tokens
 from rlalign.testtime.problem import Problem, check_problem
 from rlalign.testtime.rating import Judge, Rating
 from rlalign.testtime.repair import Completion, Edit, Repairs, check_completion
@@ -47,13 +47,17 @@ class Stop(StrEnum):
 class ReflectResult:
     """The best sequence that was judged, and how it was found.
 
+    `before` is of the draft that was chosen; `alone` of what the model writes greedily by itself,
+    where that was among the drafts.
     `forwards` are those one after another, `row_forwards` counts the rows of each; `scorer_calls`
-    counts judged sequences, `bad_scores` those among them that could not be judged.
+    counts judged sequences, `bad_scores` those among them that could not be judged or got a number
+    that is not finite.
     """
 
     ids_T: Tensor  # int64
     draft_T: Tensor  # int64
     before: Rating
+    alone: Rating | None
     after: Rating
     stop: Stop
     iterations: int
@@ -77,7 +81,8 @@ class Reflector:
 
     Cost, S being `steps` and N the neighbourhood: at most S forwards for drafts (and 1 or 2 for
     goals), and S a repair, with `TopKAlternatives` one more a column; as many judged sequences as
-    there are drafts, and N + 1 a repair. `block_size` > 0 makes S that of all blocks.
+    there are drafts (one more than goals), and N + 1 a repair. `block_size` > 0 makes S that of all
+    blocks.
     """
 
     def __init__(
@@ -89,10 +94,12 @@ class Reflector:
         completion: str | Completion = "keep",
         config: ReflectConfig | None = None,
     ) -> None:
-        """Raises ConfigError for an option out of range, DecodeError for an unknown completion."""
+        """Raises ConfigError for an option out of range, DecodeError for an unknown completion and
+        for a neighbourhood with a token that the model does not have."""
         self.config = config or ReflectConfig()
         check_values(self.config)
         check_completion(completion)
+        check_tokens(neighbourhood, model)
         self.model, self.drafts = model, drafts or SampleDrafts()
         self.neighbourhood, self.completion = neighbourhood, completion
 
@@ -110,7 +117,7 @@ class Reflector:
     def _search(self, problem: Problem) -> Search[ReflectResult]:
         session = Session(problem, self.model.mask_id, self.config)
         judge = Judge(problem, self.config.safe_threshold)
-        draft_T, before, goal = yield from choose_draft(self.drafts, session, judge)
+        draft_T, before, alone, goal = yield from choose_draft(self.drafts, session, judge)
         state = Repairs(session, judge, self.neighbourhood, self.completion, draft_T, before)
         if goal is not None:
             state.anchor(goal, draft_T)
@@ -121,6 +128,7 @@ class Reflector:
             ids_T=judge.best_T,
             draft_T=draft_T,
             before=before,
+            alone=alone,
             after=judge.best,
             stop=stop,
             iterations=len(trace),
@@ -134,9 +142,9 @@ class Reflector:
 
 def choose_draft(
     drafts: Drafts, session: Session, judge: Judge
-) -> Search[tuple[Tensor, Rating, int | None]]:
-    """The best draft, int64 [T], its rating, and the unit to be kept; of equally good ones the
-    likeliest, of those the first."""
+) -> Search[tuple[Tensor, Rating, Rating | None, int | None]]:
+    """The best draft, int64 [T], its rating, that of the greedy sequence, and the unit to be kept;
+    of equally good ones the likeliest, of those the first."""
     drafted = yield from drafts.draft(session)
     ratings = judge(drafted.ids_KT)
     logp = drafted.logp_K.tolist()
@@ -147,7 +155,8 @@ def choose_draft(
     index = max(range(len(ratings)), key=value)
     draft_T, rating = drafted.ids_KT[index], ratings[index]
     judge.best_T, judge.best = draft_T, rating  # of several equally good ones, this one
-    return draft_T, rating, drafted.goal
+    alone = None if drafted.alone is None else ratings[drafted.alone]
+    return draft_T, rating, alone, None if index == drafted.alone else drafted.goal
 
 
 def _stop(judge: Judge, state: Repairs, iterations: int, max_iters: int) -> Stop | None:

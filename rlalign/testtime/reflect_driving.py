@@ -32,7 +32,7 @@ from rlalign.tasks.driving.scenes import NUM_WAYPOINTS
 from rlalign.tasks.errors import TaskError
 from rlalign.testtime.domain import Item, item_name
 from rlalign.testtime.drafts import GoalDrafts, SampleDrafts
-from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.errors import DecodeError, check_at_least
 from rlalign.testtime.neighbourhoods import ManhattanBall
 from rlalign.testtime.problem import Problem, UnitMap
 from rlalign.testtime.rating import Rating
@@ -43,7 +43,8 @@ WAYPOINTS = UnitMap.even(NUM_WAYPOINTS, 2)
 
 class DrivingDomain:
     """Scenes: `{"seed": 1000007}` or `{"scene": {...}}` as `Scene.to_json` writes it; or held-out
-    scenes of its own. `drafts` goals lie at least 0.9 m apart; 1 is the greedy plan."""
+    scenes of its own. `drafts` > 1 goals lie at least 0.9 m apart, and the greedy plan is a draft
+    too; 1 is the greedy plan alone."""
 
     OPTIONS: Mapping[str, Any] = {"oracle": "cv", "drafts": 3, "size": "full"}
     OWN: frozenset[str] = frozenset()
@@ -58,6 +59,7 @@ class DrivingDomain:
         size: str,
     ) -> None:
         config = parse(ReflectConfig, {}, overrides)
+        check_at_least(1, drafts=drafts)
         if oracle not in ("cv", "gt"):
             raise DecodeError(f"oracle={oracle!r}: choose cv or gt")
         self.oracle, self.seed = oracle, config.seed
@@ -78,7 +80,9 @@ class DrivingDomain:
 
     def read(self, row: Mapping[str, Any], name: str) -> Item:
         if isinstance(row.get("scene"), dict):
-            scene = with_expert(Scene.from_json(json.dumps(row["scene"])))
+            scene: Scene | None = Scene.from_json(json.dumps(row["scene"]))
+            if scene.expert_N2 is None:
+                scene = with_expert(scene)
             if scene is None:
                 raise TaskError("no drivable plan is known for this scene: leave it out")
         elif isinstance(row.get("seed"), int) and row["seed"] >= 0:
@@ -91,6 +95,10 @@ class DrivingDomain:
         """Waypoints (x forward, y left) in metres."""
         return self.codebook.decode(ids_T).round(3).tolist()
 
+    def describe_unit(self, tokens: Sequence[int]) -> list[float]:
+        """A waypoint in metres."""
+        return self.codebook.decode(torch.tensor(tokens))[0].round(3).tolist()
+
     def measure(self, item: Item, ids_T: Tensor) -> dict[str, float]:
         """The PDM score under the real futures, and the mean distance to the expert's plan."""
         truth = DrivingVerifier(item.source, self.codebook, "gt").judge(ids_T[None])
@@ -100,7 +108,12 @@ class DrivingDomain:
     def picture(self, item: Item, result: ReflectResult) -> str:
         steps = [(result.draft_T, result.before, "draft")]
         for number, edit in enumerate(result.trace, 1):
-            steps.append((torch.tensor(edit.ids), edit.rating, f"repair {number}"))
+            made = "unchanged"
+            if edit.moved is not None and edit.moved_rating is not None:
+                moved = (torch.tensor(edit.moved), edit.moved_rating, f"repair {number}: moved")
+                steps.append(moved)
+                made = "rewritten"
+            steps.append((torch.tensor(edit.ids), edit.rating, f"repair {number}: {made}"))
         steps.append((result.ids_T, result.after, "result"))
         images = draw_plans(item.source, [self._view(item.source, *step) for step in steps])
         data = base64.b64encode(reflection_gif(images)).decode()
@@ -119,4 +132,4 @@ class DrivingDomain:
 
     def _view(self, scene: Scene, ids_T: Tensor, rating: Rating, label: str) -> PlanView:
         unsafe_N = torch.tensor([n in rating.violated for n in range(NUM_WAYPOINTS)]).numpy()
-        return PlanView(self._states(scene, ids_T), unsafe_N, f"{label}: {rating.score:.2f}")
+        return PlanView(self._states(scene, ids_T), unsafe_N, f"{label} {rating.score:.2f}")

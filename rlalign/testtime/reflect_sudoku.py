@@ -46,11 +46,12 @@ class SudokuDomain:
     ) -> None:
         config = parse(ReflectConfig, DEFAULTS, overrides)
         self.blanks, self.seed = blanks, config.seed
-        self.make(0)  # a wrong number of blanks is told before a model is built
+        first = SampleDrafts(drafts, 0.0 if drafts == 1 else 1.0)
+        self.make(0)  # a wrong number of drafts or blanks is told before a model is built
         self.reflector = Reflector(
             load_sudoku_model(progress=progress),
             Grammar([[digit] for digit in range(NUM_DIGITS)]),
-            drafts=SampleDrafts(drafts, 0.0 if drafts == 1 else 1.0),
+            drafts=first,
             completion="model",
             config=config,
         )
@@ -67,6 +68,9 @@ class SudokuDomain:
 
     def describe(self, item: Item, ids_T: Tensor) -> str:
         return " ".join(render(ids_T).split())
+
+    def describe_unit(self, tokens: Sequence[int]) -> str:
+        return "".join(SYMBOLS[token] for token in tokens)
 
     def measure(self, item: Item, ids_T: Tensor) -> dict[str, float]:
         return {}

@@ -23,13 +23,19 @@ WIDER = 1.5  # reach of the neighbourhood once a sequence has come back
 @dataclass(frozen=True, slots=True)
 class Edit:
     """One repair: what a unit held and holds now, and all tokens after it with their rating. Where
-    nothing changed, no edit was worth making."""
+    nothing changed, no edit was worth making.
+
+    `moved` is the candidate that was chosen, before the model wrote what surrounds it anew; None
+    where there was none, or where the model writes each candidate's surroundings.
+    """
 
     unit: int
     old: tuple[int, ...]
     new: tuple[int, ...]
     ids: tuple[int, ...]
     rating: Rating
+    moved: tuple[int, ...] | None = None
+    moved_rating: Rating | None = None
 
 
 def check_completion(completion: str | Completion) -> None:
@@ -85,6 +91,7 @@ class Repairs:
         assert unit is not None
         columns_L = self.units.positions(unit).to(self.ids_T.device)
         place = Place(self.ids_T, columns_L, self.session.free_T[columns_L], self.reach)
+        moved_T, moved_rating = None, None
         candidates = yield from self.neighbourhood.propose(self.session, place)
         if candidates is None:
             found = yield from self._rewrite(unit, None, iteration)
@@ -94,29 +101,30 @@ class Repairs:
         elif self.completion == "model":
             found = yield from self._choose_written(unit, place, candidates, iteration)
         else:
-            token_L = self._choose(unit, place, candidates)
+            chosen_T, chosen_rating = self._choose(unit, place, candidates)
+            token_L = chosen_T[columns_L]
             if torch.equal(token_L, place.current_L):
                 found = self.ids_T, self.rating
                 self.tried.add(unit)
             else:
+                moved_T, moved_rating = chosen_T, chosen_rating
                 found = yield from self._rewrite(unit, token_L, iteration)
         self._move(unit, *found, is_anchored=candidates is not None)
         old, new = _tokens(place.current_L), _tokens(self.ids_T[columns_L])
-        return Edit(unit, old, new, _tokens(self.ids_T), self.rating)
+        moved = None if moved_T is None else _tokens(moved_T)
+        return Edit(unit, old, new, _tokens(self.ids_T), self.rating, moved, moved_rating)
 
-    def _choose(self, unit: int, place: Place, candidates: Candidates) -> Tensor:
-        """The best candidate [L], each completed cheaply."""
-        ratings = self.judge(self._complete(unit, place, candidates))
+    def _choose(self, unit: int, place: Place, candidates: Candidates) -> tuple[Tensor, Rating]:
+        """The best candidate, each completed cheaply: a sequence [T] and its rating."""
+        ids_CT = self._complete(unit, place, candidates)
+        ratings = self.judge(ids_CT)
         best = self._best(unit, ratings, candidates.cost_C)
         finer = self.neighbourhood.refine(place, candidates.ids_CL[best])
         if finer is not None:
-            ratings += self.judge(self._complete(unit, place, finer))
-            candidates = Candidates(
-                torch.cat([candidates.ids_CL, finer.ids_CL]),
-                torch.cat([candidates.cost_C, finer.cost_C]),
-            )
-            best = self._best(unit, ratings, candidates.cost_C)
-        return candidates.ids_CL[best]
+            more_CT = self._complete(unit, place, finer)
+            ids_CT, ratings = torch.cat([ids_CT, more_CT]), ratings + self.judge(more_CT)
+            best = self._best(unit, ratings, torch.cat([candidates.cost_C, finer.cost_C]))
+        return ids_CT[best], ratings[best]
 
     def _choose_written(
         self, unit: int, place: Place, candidates: Candidates, iteration: int

@@ -55,10 +55,15 @@ def test_records_tell_what_the_verifier_says_of_what_they_show():
             assert record[rating]["hard"] == float(verdict.hard_B[0])
         assert record["is_safe"] == (record["after"]["hard"] == 1)
         assert len(record["edits"]) == record["iterations"]
+        for edit in record["edits"]:
+            assert edit["old"] in "1234" and edit["new"] in "1234" and edit["moved_score"] is None
     before = sum(record["before"]["hard"] for record in seen) / 6
     after = sum(record["after"]["hard"] for record in seen) / 6
     assert after > before
     assert ("hard, mean", f"{before:.3f} -> {after:.3f}") in summary.rows()
+    assert all(record["alone"] == record["before"] for record in seen)  # one draft, the greedy one
+    score = sum(record["alone"]["score"] for record in seen) / 6
+    assert ("score of the greedy sequence, mean", f"{score:.3f}") in summary.rows()
     assert seen == decode_reflect("sudoku", ["steps=1"], num=6, blanks=12).records
     assert seen != decode_reflect("sudoku", ["steps=1", "seed=1"], num=6, blanks=12).records
 
@@ -93,7 +98,7 @@ def test_a_page_holds_every_item_and_loads_nothing(tmp_path, capsys, monkeypatch
     given = page.count('class="given"') + page.count('class="given bad"')
     assert given == 4 * 4  # four givens of two grids, before and after
     again = run(capsys, monkeypatch, "sudoku", "--out", str(folder), "--num", "1")
-    assert again[0] == 1 and "choose another folder" in again[2]
+    assert again[0] == 1 and "choose another folder" in again[2] and "--resume" in again[2]
     assert (folder / "index.html").read_text() == page
 
 
@@ -133,6 +138,10 @@ def test_stdin_is_read_and_num_takes_the_first(monkeypatch):
         (("sudoku", "--steps", "0"), ["steps", "0"]),
         (("sudoku", "--blanks", "20"), ["0 to 16"]),
         (("sudoku", "--num", "0"), ["at least 1"]),
+        (("sudoku", "--drafts", "0"), ["drafts=0", "at least 1"]),
+        (("sudoku", "--drafts", "-1"), ["drafts=-1", "at least 1"]),
+        (("sudoku", "seed=-1"), ["seed", "-1"]),
+        (("sudoku", "seed=2147483648"), ["seed", "2147483647"]),
         (("sudoku", "--blanks", "3", "--input", "x.jsonl"), ["leave out blanks or input"]),
         (("sudoku", "--input", "nowhere.jsonl"), ["nowhere.jsonl", "is not a file"]),
     ],
@@ -169,7 +178,52 @@ def test_what_was_written_before_a_verifier_failed_is_kept(tmp_path):
     domain.make = make
     with pytest.raises(RuntimeError, match="the grader died"):
         decode_reflect(domain, num=20, out=tmp_path / "out")
-    assert calls and len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 16
+    file = tmp_path / "out" / "results.jsonl"
+    assert calls and len(file.read_text().splitlines()) == 16
+    assert (tmp_path / "out" / "index.html").read_text().count("<article") == 16
+    with file.open("a") as lines:
+        lines.write('{"id": "cut')
+    domain = open_domain("sudoku", ["steps=1"], {"blanks": 8})
+    new, progress = [], []
+    summary = decode_reflect(
+        domain,
+        num=20,
+        out=tmp_path / "out",
+        resume=True,
+        on_record=new.append,
+        on_progress=lambda *numbers: progress.append(numbers),
+    )
+    assert new == summary.records[16:] and len(new) == 4 and progress[-1] == (20, 20)
+    whole = decode_reflect("sudoku", ["steps=1"], num=20, blanks=8).records
+    assert [json.loads(line) for line in file.read_text().splitlines()] == whole
+    assert (tmp_path / "out" / "index.html").read_text().count("<article") == 20
+    file.write_text('{"id": 1}\n')
+    with pytest.raises(DecodeError, match="line 1 is no result"):
+        decode_reflect(domain, num=1, out=tmp_path / "out", resume=True)
+    with pytest.raises(DecodeError, match="give out"):
+        decode_reflect(domain, num=1, resume=True)
+
+
+def test_an_interrupted_run_leaves_its_page_and_items_are_made_as_they_are_needed(tmp_path):
+    domain = open_domain("sudoku", ["steps=1"], {"blanks": 8})
+    made = []
+    domain.make = lambda index, own=domain.make: made.append(index) or own(index)
+
+    def interrupt(record):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        decode_reflect(domain, num=60, out=tmp_path, on_record=interrupt)
+    assert len(made) == 16 and (tmp_path / "index.html").read_text().count("<article") == 1
+
+
+def test_of_problems_with_the_same_id_none_is_lost_on_resuming(tmp_path):
+    (tmp_path / "one.jsonl").write_text(GOOD + "\n")
+    (tmp_path / "two.jsonl").write_text(GOOD + "\n" + GOOD + "\n")
+    decode_reflect("sudoku", source=tmp_path / "one.jsonl", out=tmp_path / "out")
+    options = {"out": tmp_path / "out", "resume": True}
+    summary = decode_reflect("sudoku", source=tmp_path / "two.jsonl", **options)
+    assert [record["id"] for record in summary.records] == ["mine", "mine"]
 
 
 def test_any_puzzle_comes_out_with_its_givens(tmp_path):

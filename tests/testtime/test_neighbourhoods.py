@@ -18,6 +18,7 @@ from rlalign.testtime.neighbourhoods import (
     SpanDelete,
     TopKAlternatives,
 )
+from rlalign.testtime.reflect import Reflector
 from rlalign.testtime.session import Session, run_searches
 from tests.testtime.worlds import HashModel, PairModel, RandomVerifier, blank, problem_of
 
@@ -113,3 +114,28 @@ def test_top_k_are_the_likeliest_pairs_of_the_model():
 
 def test_span_delete_proposes_nothing():
     assert propose(SpanDelete(), place_at(1))[0] is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: ManhattanBall(5, -1), "delta=-1"),
+        (lambda: ManhattanBall(5, stride=-1), "stride=-1"),
+        (lambda: ManhattanBall(0), "num_values=0"),
+        (lambda: ManhattanBall(3, first_id=-1), "first_id=-1"),
+        (lambda: TopKAlternatives(0), "k=0"),
+        (lambda: Grammar([]), "without alternatives"),
+    ],
+)
+def test_numbers_out_of_range_are_named(make, message):
+    with pytest.raises(DecodeError, match=message):
+        make()
+
+
+def test_candidates_are_tokens_of_the_model_and_never_its_mask():
+    model = HashModel(vocab=5)  # the mask is 4
+    for wrong in (Grammar([[0], [4]]), Grammar([[5]]), Grammar([[-1]]), ManhattanBall(5)):
+        with pytest.raises(DecodeError, match="0 to 4 without its mask, 4"):
+            Reflector(model, wrong)
+    Reflector(model, ManhattanBall(4))
+    Reflector(model, Grammar([[0], [3]]))

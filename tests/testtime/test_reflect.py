@@ -81,8 +81,8 @@ def cases(draw):
             [
                 (SampleDrafts(), 1, 0),
                 (SampleDrafts(3, 1.0), 3, 0),
-                (GoalDrafts(3, min_distance=1.0), 3, 2),
-                (GoalDrafts(2, min_distance=0.0, joint="independent", keep_goal=True), 2, 1),
+                (GoalDrafts(3, min_distance=1.0), 1 + 3, 2),
+                (GoalDrafts(2, min_distance=0.0, joint="independent", keep_goal=True), 1 + 2, 1),
             ]
         )
     )
@@ -122,12 +122,15 @@ def test_whatever_the_verifier_says_the_promises_hold(case):
             assert torch.equal(ids_T[given_T], canvas_T[given_T])
             assert not bool((ids_T == 4).any())
         assert result.after.order >= result.before.order
+        if not isinstance(drafts, SampleDrafts) or drafts.temperature == 0:
+            assert result.alone is not None and result.before.order >= result.alone.order
         verdict = problem.verifier.judge(torch.stack([result.draft_T, result.ids_T]))
         for i, rating in enumerate((result.before, result.after)):
             told = [verdict.hard_B[i], verdict.score_B[i], *verdict.safe_BU[i]]
             seen = [rating.hard, rating.score, *rating.safe]
-            assert seen == pytest.approx([0.0 if math.isnan(x) else float(x) for x in told])
-            assert all(math.isfinite(x) for x in seen)
+            if not all(math.isfinite(x) for x in told):
+                told = [0.0, -math.inf] + [0.0] * problem.verifier.num_units
+            assert seen == pytest.approx([float(x) for x in told])
         if result.before.is_safe:
             assert torch.equal(result.ids_T, result.draft_T) and result.iterations == 0
         assert result.is_safe == (result.stop == Stop.SAFE)
@@ -193,8 +196,10 @@ def test_one_repair_is_what_its_definition_says(regen, seed):
     edit = result.trace[0]
     assert (edit.unit, edit.old) == (unit, (draft[unit],))
     if token == draft[unit]:
-        assert edit.ids == tuple(draft)
+        assert edit.ids == tuple(draft) and edit.moved is None
         return
+    assert edit.moved == tuple(row) and edit.moved_rating is not None
+    assert edit.moved_rating.score == pytest.approx(verifier._row(row)[0])
     masked = {
         "suffix": range(unit - 1, num),
         "window": range(unit - 1, unit + 2),
@@ -294,10 +299,31 @@ def test_sequences_that_come_back_widen_the_search_and_then_end_it():
     assert [edit.ids for edit in result.trace] == [(0, 1, 0), (1, 0, 0), (0, 1, 0)]
     assert result.stop == Stop.CYCLE and Watched.reached == [1.0, 1.0, 1.5]
     assert result.ids_T.tolist() == [0, 0, 0]  # a candidate, which was judged like the rest
+    assert result.trace[0].moved == (0, 0, 0) and result.trace[0].moved_rating == result.after
     config = ReflectConfig(regen="all")
     result = Reflector(Contrary(), Grammar([[0], [1]]), config=config, **shared).run(problem)
     assert [edit.ids for edit in result.trace] == [(0, 1, 0), (0, 0, 0)]
     assert result.stop == Stop.NO_IMPROVEMENT
+
+
+def test_a_result_is_never_below_what_the_model_writes_alone():
+    """Of goals each is worse than the greedy sequence, which is worth 1; its rating is kept."""
+    greedy = Reflector(HashModel(), SpanDelete()).run(
+        problem_of(blank(4, 4), RandomVerifier(4, 0, 1.0))
+    )
+    wanted = greedy.draft_T.tolist()
+    verifier = FunctionVerifier(4, lambda row: (float(row == wanted), [0.0] * 4, 0.0))
+    config = ReflectConfig(max_iters=0)
+    for with_greedy in (True, False):
+        drafts = GoalDrafts(3, 3, min_distance=0.0, with_greedy=with_greedy)
+        reflector = Reflector(HashModel(), SpanDelete(), drafts=drafts, config=config)
+        result = reflector.run(problem_of(blank(4, 4), verifier))
+        assert result.scorer_calls == 3 + with_greedy
+        if with_greedy:
+            assert result.ids_T.tolist() == wanted and result.alone == result.before
+            assert result.before.score == 1
+        else:
+            assert result.alone is None
 
 
 def test_of_drafts_that_are_all_worth_nothing_the_one_that_fails_last_is_taken():
@@ -334,18 +360,6 @@ def test_a_canvas_without_a_mask_costs_nothing():
     result = Reflector(model, Grammar(DIGITS)).run(problem)
     assert result.forwards == result.row_forwards == 0 and not model.batches
     assert result.stop == Stop.NO_IMPROVEMENT and result.ids_T.tolist() == [1, 1]
-
-
-def test_scores_that_are_no_numbers_count_as_nothing_and_are_counted():
-    def judge(row):
-        return (math.nan if row[0] else 0.25), [math.inf], 1.0
-
-    problem = problem_of(blank(1, 4), FunctionVerifier(1, judge))
-    drafts = GivenDrafts([[1], [0], [2]])
-    config = ReflectConfig(max_iters=0)
-    result = Reflector(HashModel(), SpanDelete(), drafts=drafts, config=config).run(problem)
-    assert result.bad_scores == 3 and result.ids_T.tolist() == [0]  # a safety of inf is no number
-    assert result.after.score == 0.25 and result.after.safe == (0.0,)
 
 
 def test_a_goal_that_is_kept_is_no_longer_written_anew():

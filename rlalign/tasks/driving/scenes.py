@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ class Scene:
 
     @staticmethod
     def from_json(text: str) -> Scene:
-        """Raises TaskError for what is not a scene."""
+        """Raises TaskError for what is not a scene, with the field that is wrong."""
         try:
             raw = json.loads(text)
             lanes = tuple(Lane(_array(lane.pop("points_P2")), **lane) for lane in raw.pop("lanes"))
@@ -116,7 +117,7 @@ class Scene:
                 lanes=lanes, users=users, expert_N2=expert_N2, drivable_P2=drivable_P2, **raw
             )
             _check(scene)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise TaskError(
                 f"this is not the JSON of a driving scene ({error}): write it with Scene.to_json"
             ) from error
@@ -137,14 +138,18 @@ def _user(raw: dict[str, Any]) -> RoadUser:
 
 
 def _array(raw: Any) -> ndarray:
-    array = np.array(raw, dtype=float)
-    if not np.isfinite(array).all():
-        raise ValueError("a coordinate is not finite")
-    return array
+    if not all(_is_number(value) for value in np.array(raw, dtype=object).flat):
+        raise ValueError("a coordinate is not a finite number")
+    return np.array(raw, dtype=float)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _check(scene: Scene) -> None:
     """Raises ValueError for what would fail later, far from here."""
+    _check_numbers(scene)
     polylines = [scene.drivable_P2, *(lane.points_P2 for lane in scene.lanes)]
     shapes = {
         "a polyline is not [P, 2]": all(p.ndim == 2 and p.shape[1] == 2 for p in polylines),
@@ -160,8 +165,27 @@ def _check(scene: Scene) -> None:
         "the route is not the number of a lane": scene.route in range(len(scene.lanes)),
         "the expert's plan is not [8, 2]": scene.expert_N2 is None
         or scene.expert_N2.shape == (NUM_WAYPOINTS, 2),
-        "the speed is negative": scene.speed >= 0,
+        "points_P2 of a lane has two equal neighbours": all(
+            np.diff(lane.points_P2, axis=0).any(-1).all() for lane in scene.lanes
+        ),
     }
     for problem, fine in shapes.items():
         if not fine:
             raise ValueError(problem)
+
+
+def _check_numbers(scene: Scene) -> None:
+    """Raises ValueError for the first number that is none, or out of its range."""
+    if type(scene.seed) is not int:
+        raise ValueError(f"seed={scene.seed!r} is not a whole number")
+    if type(scene.route) is not int:
+        raise ValueError(f"route={scene.route!r} is not a whole number")
+    sizes = [("width_m of a lane", lane.width_m) for lane in scene.lanes]
+    for user in scene.users:
+        sizes += [("length_m of a user", user.length_m), ("width_m of a user", user.width_m)]
+    for name, value in sizes:
+        if not (_is_number(value) and value > 0):
+            raise ValueError(f"{name} is {value!r}, not a finite number above 0")
+    for name, value in (("speed", scene.speed), ("progress_m", scene.progress_m)):
+        if not (_is_number(value) and value >= 0):
+            raise ValueError(f"{name}={value!r} is not a finite number of at least 0")

@@ -62,6 +62,46 @@ def test_what_is_no_scene_is_refused(text):
         Scene.from_json(text)
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        *((lambda raw, v=v: raw.update(speed=v), "speed") for v in (True, NAN, INF, -0.1, 10**400)),
+        *((lambda raw, v=v: raw.update(progress_m=v), "progress_m") for v in (-1, None, NAN, "1")),
+        *((lambda raw, v=v: raw.update(route=v), "route") for v in (True, 0.0, -1)),
+        *((lambda raw, v=v: raw.update(seed=v), "seed") for v in (True, 0.5, None)),
+        *(
+            (lambda raw, v=v: raw["lanes"][0].update(width_m=v), "width_m of a lane")
+            for v in (0, INF, True)
+        ),
+        *(
+            (lambda raw, v=v: raw["users"][0].update(width_m=v), "width_m of a user")
+            for v in (0, -1, False)
+        ),
+        (lambda raw: raw["users"][0].update(length_m=NAN), "length_m of a user"),
+        *(
+            (lambda raw, v=v: raw["lanes"][0]["points_P2"][0].__setitem__(1, v), "coordinate")
+            for v in (True, "1.0", INF, NAN)
+        ),
+        (
+            lambda raw: raw["lanes"][0].update(points_P2=[[0.0, 0.0], [1.0, 0.0], [1.0, 0.0]]),
+            "points_P2 of a lane",
+        ),
+    ],
+)
+def test_a_wrong_number_is_named_by_its_field(change, field):
+    with pytest.raises(TaskError, match=field):
+        Scene.from_json(broken(change))
+
+
+def test_json_that_python_cannot_read_is_refused():
+    for text in ("[" * 100_000, '{"seed": ' + "1" * 5000 + "}"):
+        with pytest.raises(TaskError, match="driving scene"):
+            Scene.from_json(text)
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.sampled_from(sorted(set(json.loads(TEXT)) - {"progress_m"})))
 def test_no_field_may_be_missing(name):
