@@ -9,7 +9,7 @@ import torch
 
 from rlalign import algos
 from rlalign.config.schema import DiffusionConfig
-from rlalign.models.tokenizer import build_tokenizer
+from rlalign.models.masked_random import masked_tokenizer
 from rlalign.rollout.engine import GenerateRequest, SamplingParams
 from rlalign.rollout.masked_diffusion import MaskedDiffusionEngine
 from rlalign.trainer.masked_policy import make_passes
@@ -122,7 +122,7 @@ def test_trace_estimates_what_the_sampler_reported(sampler, temperature):
     """Each token's estimate is the log-prob at which the engine committed it."""
     options = SAMPLERS[sampler]
     lm = tiny_lm(dtype=torch.float32)
-    tokenizer = build_tokenizer(64, mask=True)
+    tokenizer = masked_tokenizer(64)
     diffusion = DiffusionConfig(**options, eos_policy="all")
     engine = MaskedDiffusionEngine(lm, tokenizer, diffusion)
     params = SamplingParams(max_completion_length=10, temperature=temperature)
