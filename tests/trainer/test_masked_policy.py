@@ -109,8 +109,8 @@ def test_the_cells_of_passes_are_their_places():
 
 SAMPLERS = {
     "three steps": {"steps": 3},
-    "two blocks": {"steps": 6, "block_size": 3},
-    "uneven blocks": {"steps": 8, "block_size": 4},
+    "four blocks": {"steps": 8, "block_size": 3},
+    "uneven steps": {"steps": 9, "block_size": 4},
     "any order": {"steps": 4, "order": "random"},
     "when sure": {"steps": 6, "threshold": 0.3},
 }
@@ -125,7 +125,7 @@ def test_trace_estimates_what_the_sampler_reported(sampler, temperature):
     tokenizer = masked_tokenizer(64)
     diffusion = DiffusionConfig(**options, eos_policy="all")
     engine = MaskedDiffusionEngine(lm, tokenizer, diffusion)
-    params = SamplingParams(max_completion_length=10, temperature=temperature)
+    params = SamplingParams(max_completion_length=12, temperature=temperature)
     requests = [
         GenerateRequest("a", (1, 2, 3), seeds=(1, 2, 3)),
         GenerateRequest("b", (4, 5, 6, 7, 8), seeds=(4, 5)),
@@ -138,7 +138,7 @@ def test_trace_estimates_what_the_sampler_reported(sampler, temperature):
     config = settings(
         *overrides,
         f"rollout.temperature={temperature}",
-        "rollout.max_completion_length=10",
+        "rollout.max_completion_length=12",
         "algo.num_iterations=2",  # so that old log-probs are taken
         loss_type="tracerl",
     )
