@@ -118,6 +118,17 @@ def test_preferences_of_a_data_set_train_without_a_rollout(tmp_path):
         assert row["optim/grad_norm"] > 0 and row["vrpo/accuracy"] in (0, 0.25, 0.5, 0.75, 1)
 
 
+@pytest.mark.slow
+def test_bgpo_learns_to_sort(tmp_path):
+    config = rlalign.load_config(
+        ROOT / "configs/bgpo/mini.yaml",
+        [f"tracking.runs_dir={tmp_path}", "tracking.live=false", "trainer.max_steps=30"],
+    )
+    held_out = rlalign.train(config, quiet=True).summary["eval"]
+    gain = held_out["after"]["pass@1"] - held_out["before"]["pass@1"]
+    assert held_out["before"]["pass@1"] < 0.75 and gain > 0.08
+
+
 def test_a_mask_token_in_the_data_is_refused_with_its_row(tmp_path):
     row = {"prompt": "421430=", "completions": ["012<mask>34", "443210"], "scores": [1, 0]}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n")
