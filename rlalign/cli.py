@@ -251,16 +251,18 @@ def _print_result(result) -> None:
 def main() -> None:
     """Run a command; expected failures end with their cause and fix, and exit status 1."""
     from rlalign.errors import RlalignError
+    from rlalign.process import leaving_at_once
 
     # A reward or algorithm of one's own lies in the working directory, which a console script does
     # not search; last, so that it shadows nothing that is installed.
     sys.path.append(os.getcwd())
-    try:
-        app()
-    except RlalignError as error:
-        text = escape(f"{type(error).__name__}: {error}")
-        err.print(f"[red]error:[/red] {text}", soft_wrap=True, highlight=False)
-        sys.exit(1)
+    with leaving_at_once(when=int(os.environ.get("WORLD_SIZE") or 1) > 1):
+        try:
+            app()
+        except RlalignError as error:
+            text = escape(f"{type(error).__name__}: {error}")
+            err.print(f"[red]error:[/red] {text}", soft_wrap=True, highlight=False)
+            sys.exit(1)
 
 
 if __name__ == "__main__":

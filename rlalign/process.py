@@ -1,7 +1,9 @@
-"""A Python script in a process of its own: a socket to it, its output kept, and never an orphan."""
+"""A Python script in a process of its own: a socket to it, its output kept, and never an orphan.
+And how a process leaves without taking its interpreter down."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import json
@@ -11,7 +13,8 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 EXIT_TIMEOUT_S = 5.0
@@ -84,6 +87,37 @@ def how_it_ended(returncode: int | None) -> str:
     if returncode < 0:
         return f"died of {signal.Signals(-returncode).name}"
     return f"exited with code {returncode}"
+
+
+@contextlib.contextmanager
+def leaving_at_once(*, when: bool = True) -> Iterator[None]:
+    """End this process at the end of the block, with the code that the block asked for, and without
+    taking the interpreter down. What is registered with `atexit` runs, and output is flushed.
+
+    DeepSpeed keeps the process group of a job for ever, so gloo's threads live on while Python
+    ends; one that wants the interpreter then aborts a job whose work is done. `when`: False for a
+    process that ends as any other.
+    """
+    if not when:
+        yield
+        return
+    code: object = 0
+    try:
+        yield
+    except SystemExit as request:
+        code = request.code
+    except BaseException:  # what the interpreter would do with it
+        sys.excepthook(*sys.exc_info())  # pyright: ignore[reportArgumentType]
+        code = 1
+    if code is not None and not isinstance(code, int):
+        print(code, file=sys.stderr)
+    for thread in threading.enumerate():
+        if not thread.daemon and thread is not threading.current_thread():
+            thread.join()
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
 
 
 def die_with_parent(lifeline_fd: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -82,16 +81,17 @@ def test_a_stream_says_the_same_in_pieces(client, model):
     assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
 
 
-def test_the_first_words_come_long_before_the_last(client, model):
+def test_the_first_words_come_while_the_rest_is_generated(server, client, model):
     messages = [{"role": "user", "content": "Hello"}]
-    began, came, texts = time.monotonic(), [], []
+    running, texts = [], []
     for part in client.chat.completions.create(
         model=model, messages=messages, stream=True, seed=2, **ENDLESS
     ):
-        came.append(time.monotonic() - began)
         texts.append(part.choices[0].delta.content or "")
+        if len(list(filter(None, texts))) == 1:
+            running.append(server.state()["in_flight"])
     assert sum(map(bool, texts)) > 5
-    assert came[0] < came[-1] / 4
+    assert running[0]
 
 
 def test_a_stop_string_cuts_a_stream_where_it_cuts_an_answer(server, client, model):
