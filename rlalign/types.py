@@ -61,6 +61,8 @@ class Sample:
     policy version made which tokens and add up to the same length. A completion that the data
     brought along (`source_id` above 0) has zeros for `logp`, which nobody knows, and no spans.
     `steps` are given where a sampler decides tokens in an order of its own (masked diffusion).
+    `top`, where it was asked for, has the likeliest tokens of each step with their log-probs,
+    likeliest first.
 
     >>> Sample("gsm8k/17", 0, (5, 1), (-0.1, -0.02), "stop", (VersionSpan(2, 12),), text="4")
     """
@@ -75,6 +77,7 @@ class Sample:
     parent: str | None = None  # id of the node this sample continues, for trees
     source_id: int = 0  # 0: sampled in this run; from 1 on: which source of the data wrote it
     steps: tuple[int, ...] = ()  # the sampler's step that decided each token; same length, or none
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()  # same length, or none
 
 
 ROOT, POLICY, ENV, ODE = range(4)  # what led into a node of a tree; only POLICY has a log-prob

@@ -15,18 +15,19 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
 
-from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
-from rlalign.rollout.sampling import sample
+from rlalign.rollout.engine import GenerateRequest, SamplingParams
+from rlalign.rollout.sampling import likeliest, sample
 from rlalign.types import FINISH_LENGTH, FINISH_STOP
 
 PREFILL_TOKENS = (
     8192  # prompt tokens, padding included, in one forward pass: bounds its activations
 )
+FAILED = "failed"  # a row whose logits were not finite
 REFILL_SHARE = 4  # prompts join once a quarter of the rows is free: fewer, larger prefills
 
 
@@ -55,8 +56,11 @@ class Row:
 
     seed: int
     limit: int  # tokens
+    params: SamplingParams  # one object for all rows that are drawn alike
+    stop_ids: frozenset[int]
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
+    tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
     finish_reason: str = ""
 
 
@@ -72,16 +76,19 @@ def decode(
     decoder: Decoder,
     requests: Sequence[GenerateRequest],
     params: SamplingParams,
-    stop_ids: frozenset[int],
+    eos_ids: frozenset[int],
     max_batch_size: int,
     device: torch.device,
 ) -> list[list[Row]]:
-    """One row per seed of each request, in order, all finished. EngineError on logits of NaN."""
-    limits = [request.limited(params).max_completion_length for request in requests]
-    completions = [
-        [Row(seed, limit) for seed in request.seeds]
-        for request, limit in zip(requests, limits, strict=True)
-    ]
+    """One row per seed of each request, in order, all finished: those whose logits were not finite
+    with the reason FAILED, and none of the tokens that this made."""
+    completions, kinds = [], dict[SamplingParams, SamplingParams]()
+    for request in requests:
+        own = request.limited(params)
+        stop_ids = frozenset() if own.ignore_eos else eos_ids | set(own.stop_token_ids)
+        limit, kind = own.max_completion_length, _kind(own)
+        kind = kinds.setdefault(kind, kind)
+        completions.append([Row(seed, limit, kind, stop_ids) for seed in request.seeds])
     queue = plan(requests, completions, max_batch_size)
     rows: list[Row] = []
     while queue or rows:
@@ -96,7 +103,7 @@ def decode(
         else:
             new = rows
             logits_BV = decoder.step([row.tokens[-1] for row in rows])
-        draw(new, logits_BV, params, stop_ids, device)
+        draw(new, logits_BV, device)
         if any(row.finish_reason for row in new):
             index = survivors(rows)
             decoder.keep(index)
@@ -109,11 +116,13 @@ def plan(
 ) -> deque[Admission]:
     """The rows of each prompt, in pieces of at most `max_batch_size`, longest prompt first: prompts
     read together are then of similar length, and the last ones to enter are the quickest."""
-    queue = []
+    rows_of: dict[tuple[int, ...], list[Row]] = {}
     for request, rows in zip(requests, completions, strict=True):
+        rows_of.setdefault(tuple(request.token_ids), []).extend(rows)
+    queue = []
+    for prompt, rows in rows_of.items():
         for start in range(0, len(rows), max_batch_size):
-            piece = rows[start : start + max_batch_size]
-            queue.append(Admission(tuple(request.token_ids), piece))
+            queue.append(Admission(prompt, rows[start : start + max_batch_size]))
     return deque(sorted(queue, key=lambda admission: -len(admission.prompt)))
 
 
@@ -135,26 +144,38 @@ def take(
     return entering
 
 
-def draw(
-    rows: Sequence[Row],
-    logits_BV: torch.Tensor,
-    params: SamplingParams,
-    stop_ids: frozenset[int],
-    device: torch.device,
-) -> None:
-    """Append one token to each row, and the reason where it ends there. EngineError on NaN."""
+def draw(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.device) -> None:
+    """Append one token to each row, and the reason where it ends there."""
+    kinds: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        kinds.setdefault(id(row.params), []).append(i)
+    if len(kinds) == 1:
+        return _draw_alike(rows, logits_BV, device)
+    for index in kinds.values():
+        _draw_alike([rows[i] for i in index], logits_BV[index], device)
+
+
+def _kind(params: SamplingParams) -> SamplingParams:
+    """What is left of `params` when rows differ in nothing but their ends."""
+    return replace(params, max_completion_length=1, stop_token_ids=(), ignore_eos=False)
+
+
+def _draw_alike(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.device) -> None:
+    params = rows[0].params
     seed_B = torch.tensor([row.seed for row in rows], device=device)
     step_B = torch.tensor([len(row.tokens) for row in rows], device=device)
     token_B, logp_B = sample(logits_BV, seed_B, step_B, params)
+    if params.num_top:
+        tops = likeliest(logits_BV, params)
+        for row, top in zip(rows, tops, strict=True):
+            row.tops.append(top)
     for row, token, logp in zip(rows, token_B.tolist(), logp_B.tolist(), strict=True):
         if math.isnan(logp):
-            raise EngineError(
-                "the model's logits are not finite, so nothing can be sampled from it: the weights "
-                "diverged. Go back to an earlier checkpoint and lower the learning rate."
-            )
+            row.finish_reason = FAILED
+            continue
         row.tokens.append(token)
         row.logps.append(logp)
-        if token in stop_ids:
+        if token in row.stop_ids:
             row.finish_reason = FINISH_STOP
         elif len(row.tokens) == row.limit:
             row.finish_reason = FINISH_LENGTH

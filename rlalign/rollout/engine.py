@@ -23,7 +23,8 @@ class SamplingParams:
     off.
 
     Reported log-probs are those of the distribution actually sampled from: after temperature, and
-    after top-p/top-k where they are on. At temperature 0 they are taken at temperature 1.
+    after top-p/top-k where they are on. At temperature 0 they are taken at temperature 1. With
+    `num_top`, the likeliest tokens of that distribution are reported too (`Sample.top`).
     """
 
     max_completion_length: int
@@ -32,12 +33,14 @@ class SamplingParams:
     top_k: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False  # always draw max_completion_length tokens: for benchmarks
+    num_top: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class GenerateRequest:
     """Draw `len(seeds)` completions of one prompt, one per seed, numbered from `first_index`, of at
-    most `max_completion_length` tokens (None: those of the `SamplingParams`).
+    most `max_completion_length` tokens (None: those of the `SamplingParams`). With `params` they
+    are drawn by these instead of the call's.
 
     >>> GenerateRequest("gsm8k/17", (3, 9, 4), seeds=(11, 12, 13, 14))
     """
@@ -47,9 +50,11 @@ class GenerateRequest:
     seeds: tuple[int, ...]
     first_index: int = 0
     max_completion_length: int | None = None
+    params: SamplingParams | None = None
 
     def limited(self, params: SamplingParams) -> SamplingParams:
-        """`params` with this request's own limit."""
+        """How this request is drawn in a call with `params`."""
+        params = self.params or params
         if self.max_completion_length is None:
             return params
         return dataclasses.replace(params, max_completion_length=self.max_completion_length)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlalign.rollout.decoding import Decoder, Row, decode
+from rlalign.rollout.decoding import FAILED, Decoder, Row, decode
 from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.hf_cache import CacheDecoder, base_model
@@ -25,6 +25,10 @@ from rlalign.rollout.intake import take_weights
 from rlalign.types import PolicyVersion, Sample, VersionSpan
 
 SCORE_BYTES = 128 * 2**20  # logits that exist at once in `score`, or those of one sequence
+NOT_FINITE = (
+    "the model's logits are not finite, so nothing can be sampled from it: the weights diverged. "
+    "Go back to an earlier checkpoint and lower the learning rate."
+)
 SCORE_TOKENS = 4096  # tokens, padding included, of one forward pass of `score`
 
 
@@ -57,7 +61,7 @@ class HFEngine:
         self._tokenizer = tokenizer
         self._max_batch_size = max_batch_size
         self._config = base_model(model).config.get_text_config()
-        self._eos_ids = eos_token_ids(model, tokenizer)
+        self.eos_ids = eos_token_ids(model, tokenizer)
         digest = WeightDigest()
         for name, param in model.named_parameters():
             digest.add(name, param)
@@ -71,14 +75,22 @@ class HFEngine:
         Raises EngineError for requests that do not fit the model and logits that are not finite.
         """
         check_requests(self._config, requests, params)
-        stop_ids = frozenset() if params.ignore_eos else self._eos_ids | set(params.stop_token_ids)
-        with evaluating(self._model), torch.inference_mode():
-            decoder = self._decoder(requests, params)
-            rows = decode(decoder, requests, params, stop_ids, self._max_batch_size, self._device)
+        rows = self.rows(requests, params)
+        if any(row.finish_reason == FAILED for completions in rows for row in completions):
+            raise EngineError(NOT_FINITE)
         return [
             [self._sample(request, i, row) for i, row in enumerate(completions)]
             for request, completions in zip(requests, rows, strict=True)
         ]
+
+    def rows(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> list[list[Row]]:
+        """As `generate`, for requests that fit the model, before they are made into samples. A row
+        whose logits are not finite ends there, alone, with the reason FAILED."""
+        with evaluating(self._model), torch.inference_mode():
+            decoder = self._decoder(requests, params)
+            return decode(
+                decoder, requests, params, self.eos_ids, self._max_batch_size, self._device
+            )
 
     def score(self, sequences: Sequence[Sequence[int]], temperature: float = 1.0) -> list[Tensor]:
         """Log-prob of every token given its prefix: float32 [len - 1] per sequence, on the CPU.
@@ -165,6 +177,7 @@ class HFEngine:
             finish_reason=row.finish_reason,
             spans=(VersionSpan(len(row.tokens), self.version.version),),
             text=self._tokenizer.decode(row.tokens, skip_special_tokens=True),
+            top=tuple(row.tops),
         )
 
     def _padded(

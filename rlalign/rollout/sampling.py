@@ -12,6 +12,8 @@ Shapes: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from rlalign.rollout.engine import SamplingParams
@@ -36,6 +38,28 @@ def sample(
     ]
     token_B, logp_B = (torch.cat(values) for values in zip(*parts, strict=True))
     return token_B, logp_B
+
+
+def likeliest(
+    logits_BV: torch.Tensor, params: SamplingParams
+) -> list[tuple[tuple[int, float], ...]]:
+    """The `params.num_top` likeliest tokens of each row with their log-probs in the distribution
+    that `sample` draws from (temperature 0: of temperature 1), likeliest first; of equals the one
+    with the lowest id. Tokens that it cannot draw are left out."""
+    logits_BV = logits_BV.float()
+    if params.temperature > 0:
+        logits_BV = keep_likeliest(logits_BV / params.temperature, params.top_k, params.top_p)
+    logp_BV = logits_BV.log_softmax(-1)
+    count = min(params.num_top, logp_BV.shape[-1])
+    smallest_B = logp_BV.topk(count, dim=-1).values[:, -1]
+    rows = []
+    for logp_V, smallest in zip(logp_BV, smallest_B, strict=True):
+        kept = (logp_V >= smallest).nonzero()[:, 0]  # more than `count` where some are equal
+        values = logp_V[kept]
+        order = values.sort(dim=0, descending=True, stable=True).indices[:count]
+        pairs = zip(kept[order].tolist(), values[order].tolist(), strict=True)
+        rows.append(tuple(pair for pair in pairs if pair[1] > -math.inf))
+    return rows
 
 
 def _sample(

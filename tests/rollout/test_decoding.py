@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlalign.rollout.decoding import PREFILL_TOKENS, Row, decode, plan, survivors, take
-from rlalign.rollout.engine import EngineError, GenerateRequest, SamplingParams
+from rlalign.rollout.engine import GenerateRequest, SamplingParams
 
 VOCAB = 13
 STOP = frozenset({0})
@@ -45,6 +45,10 @@ class HistoryDecoder:
     def logits(self, rows):
         digests = [hashlib.blake2b(str(row).encode(), digest_size=VOCAB).digest() for row in rows]
         return torch.tensor([[byte / 64 for byte in digest] for digest in digests])
+
+
+def new_row(seed, finish_reason=""):
+    return Row(seed, 9, SamplingParams(1), STOP, finish_reason=finish_reason)
 
 
 def requests(sizes, lengths=(3, 9, 1, 5)):
@@ -113,23 +117,55 @@ def test_a_prefill_is_bounded():
 
 def test_groups_larger_than_the_batch_are_split_and_longest_prompts_come_first():
     wanted = requests((5, 20, 3))
-    queue = plan(wanted, [[Row(s, 9) for s in r.seeds] for r in wanted], 8)
+    queue = plan(wanted, [[new_row(s) for s in r.seeds] for r in wanted], 8)
     assert [(len(a.prompt), len(a.rows)) for a in queue] == [(9, 8), (9, 8), (9, 4), (3, 5), (1, 3)]
     assert [len(a.rows) for a in take(queue, 0, 12, refills=False)] == [8]
     assert take(queue, 4, 12, refills=False) == []
 
 
 def test_survivors_move_as_few_rows_as_finished():
-    rows = [Row(seed, 9, finish_reason="stop" if seed in (1, 2, 6) else "") for seed in range(8)]
+    rows = [new_row(seed, "stop" if seed in (1, 2, 6) else "") for seed in range(8)]
     index = survivors(rows)
     assert sorted(index) == [0, 3, 4, 5, 7]
     assert sum(i != source for i, source in enumerate(index)) == 2
 
 
-def test_nan_logits_are_an_error_that_says_so():
+def test_a_row_whose_logits_are_nan_ends_alone_and_says_so():
     class Diverged(HistoryDecoder):
         def logits(self, rows):
             return torch.full((len(rows), VOCAB), torch.nan)
 
-    with pytest.raises(EngineError, match="not finite"):
-        decode(Diverged(True), requests((2,)), SamplingParams(4), STOP, 8, CPU)
+    class HalfDiverged(HistoryDecoder):
+        def logits(self, rows):
+            broken = torch.tensor([row[0] == 1 and len(row) > 10 for row in rows])
+            return super().logits(rows).masked_fill(broken[:, None], torch.nan)
+
+    for kind, good in ((Diverged, 0), (HalfDiverged, 2)):
+        [first, second] = decode(
+            kind(True), requests((2, 2)), SamplingParams(12), frozenset(), 8, CPU
+        )
+        assert [row.finish_reason for row in second] == ["failed"] * 2
+        assert [len(row.tokens) for row in second] == [good] * 2
+        assert [row.finish_reason for row in first] == (["length"] * 2 if good else ["failed"] * 2)
+
+
+def test_rows_of_one_prompt_are_drawn_each_in_its_own_way_and_read_it_once():
+    greedy, hot = SamplingParams(5, temperature=0, num_top=3), SamplingParams(8, temperature=2.0)
+    short = SamplingParams(8, temperature=2.0, top_k=2, stop_token_ids=(3, 5))
+    wanted = [
+        GenerateRequest("p", (1, 2), (seed,), params=params)
+        for seed, params in enumerate([greedy, hot, short, greedy, short])
+    ]
+    decoder, together = run(True, 8, wanted)
+    assert decoder.prompts_read == [(1, 2)]
+    for request, [row] in zip(wanted, together, strict=True):
+        _, [[alone]] = run(True, 8, [request])
+        assert (row.tokens, row.logps, row.tops) == (alone.tokens, alone.logps, alone.tops)
+    assert together[0][0].tokens == together[3][0].tokens
+    assert [len(top) for top in together[0][0].tops] == [3] * len(together[0][0].tokens)
+    assert all(top[0] == (token, logp) for top, token, logp in _steps(together[0][0]))
+    assert not together[1][0].tops
+
+
+def _steps(row):
+    return zip(row.tops, row.tokens, row.logps, strict=True)

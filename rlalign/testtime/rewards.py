@@ -1,0 +1,88 @@
+"""Who says how good a response is: a function, any reward of rlalign, or the model itself.
+
+A `Reward` is a search of its own, so that one which asks the model (LatentSeek's verifiers) shares
+the engine's batches with everything else.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+from rlalign.config.schema import RewardsConfig, RewardSpec
+from rlalign.rewards.call import Call
+from rlalign.rewards.registry import make_runners
+from rlalign.rewards.scorer import check_columns
+from rlalign.rewards.verdict import Verdict
+from rlalign.rollout.search import Rate, Search
+from rlalign.testtime.ledger import Ledger
+from rlalign.testtime.prompt import Prompt
+
+TIMEOUT_S = 60.0  # of one call
+
+
+class Reward(Protocol):
+    def __call__(self, prompt: Prompt, response: str, ledger: Ledger) -> Search[float]:
+        """The score of a response; NaN where there is none. Higher is better. Texts that were
+        scored are counted in the ledger."""
+        ...
+
+
+class FunctionReward:
+    """`Reward`, and the `Rater` behind it, of a reward function `f(prompts, completions, **columns)
+    -> list[float | None]`, or of a reward by name: built in (`math`, `regex`, `reward_model`, ...)
+    or `package.module:function`. `params` are its own; the columns are those of the prompts' rows.
+
+    Close it in the end, or use it as a context manager: a named reward may run in processes.
+    Raises RewardError for a reward that cannot be found or started, or that needs a column which a
+    prompt does not have.
+
+    >>> with FunctionReward("math") as reward: ...                             # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        function: str | Callable[..., Any],
+        params: Mapping[str, Any] | None = None,
+        *,
+        timeout_s: float = TIMEOUT_S,
+    ) -> None:
+        name = function if isinstance(function, str) else getattr(function, "__name__", "reward")
+        given = {} if isinstance(function, str) else {name: function}
+        config = RewardsConfig(
+            functions=[RewardSpec(name=name, params=dict(params or {}))], timeout_s=timeout_s
+        )
+        self._timeout_s = timeout_s
+        [self._runner] = make_runners(config, given)
+        self._takes = self._runner.start()
+
+    def __call__(self, prompt: Prompt, response: str, ledger: Ledger) -> Search[float]:
+        [score] = yield from ledger.ask([Rate(self, prompt, response)])
+        return score
+
+    def rate(self, items: Sequence[tuple[Prompt, str]]) -> list[float]:
+        """See `Rater`. What failed is NaN."""
+        columns = dict.fromkeys(name for prompt, _ in items for name in prompt.row)
+        call = Call(
+            prompts=[prompt.text for prompt, _ in items],
+            completions=[response for _, response in items],
+            completion_ids=[[] for _ in items],
+            columns={name: [prompt.row.get(name) for prompt, _ in items] for name in columns},
+            prompt_ids=[prompt.id for prompt, _ in items],
+        )
+        check_columns(self._runner.name, self._takes, list(columns))
+        return [_value(verdict) for verdict in self._runner.score(call, self._timeout_s)]
+
+    def close(self) -> None:
+        self._runner.close()
+
+    def __enter__(self) -> FunctionReward:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _value(verdict: Verdict) -> float:
+    return math.nan if verdict.value is None else verdict.value
