@@ -163,9 +163,7 @@ def test_rows_of_one_prompt_are_drawn_each_in_its_own_way_and_read_it_once():
         assert (row.tokens, row.logps, row.tops) == (alone.tokens, alone.logps, alone.tops)
     assert together[0][0].tokens == together[3][0].tokens
     assert [len(top) for top in together[0][0].tops] == [3] * len(together[0][0].tokens)
-    assert all(top[0] == (token, logp) for top, token, logp in _steps(together[0][0]))
+    row = together[0][0]
+    assert [top[0][0] for top in row.tops] == row.tokens
+    assert [top[0][1] for top in row.tops] == pytest.approx(row.logps, abs=1e-5)
     assert not together[1][0].tops
-
-
-def _steps(row):
-    return zip(row.tops, row.tokens, row.logps, strict=True)
