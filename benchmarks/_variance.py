@@ -21,12 +21,13 @@ from rlalign.algos.gvm import gvm_weights
 from rlalign.trainer.ahead import draw
 from rlalign.trainer.allocated import Allocated, draw_counts
 from rlalign.trainer.allocated import estimate as estimate_pilot
-from rlalign.trainer.batch import make_train_batch
+from rlalign.trainer.batch import make_train_batch, with_weights
 from rlalign.trainer.build import open_job
 from rlalign.trainer.collect import Collected
 from rlalign.trainer.job import Job
 from rlalign.trainer.sources import InOrder
-from rlalign.trainer.update import accumulate_gradient, prepare, rows_with_gradient, with_weights
+from rlalign.trainer.token_likelihood import accumulate_gradient, prepare
+from rlalign.trainer.update import rows_with_gradient
 
 PROMPTS, REFERENCE = 64, 64
 SHARED = [

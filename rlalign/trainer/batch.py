@@ -10,8 +10,9 @@ from collections.abc import Sequence
 import torch
 
 from rlalign import algos
-from rlalign.config import AlgoConfig
+from rlalign.config import AlgoConfig, Config
 from rlalign.errors import RlalignError
+from rlalign.trainer import token_trees
 from rlalign.trainer.token_trees import with_trees
 from rlalign.types import FINISH_ABORT, FINISH_LENGTH, Group, Scores, TrainBatch
 
@@ -102,3 +103,15 @@ def _steps(steps: Sequence[tuple[int, ...]], width: int) -> torch.Tensor | None:
 def _weights(weights: Sequence[float]) -> torch.Tensor | None:
     """None where all count the same."""
     return None if all(weight == 1 for weight in weights) else torch.tensor(weights)
+
+
+def with_weights(minibatch: TrainBatch, config: Config, share: float = 1.0) -> TrainBatch:
+    """Attach each token's part of the loss over this minibatch of all processes, times `share`."""
+    if minibatch.tree is not None:
+        return token_trees.with_weights(minibatch, config.algo)
+    return algos.attach_weights(
+        minibatch,
+        config.algo,
+        max_completion_length=config.rollout.max_completion_length,
+        share=share,
+    )

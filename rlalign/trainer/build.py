@@ -33,7 +33,7 @@ from rlalign.trainer.masked_policy import MaskedPolicy
 from rlalign.trainer.opening import Observers, entered, open_run
 from rlalign.trainer.policy import Policy
 from rlalign.trainer.reference_cache import reference_logps
-from rlalign.trainer.update import TokenLikelihood
+from rlalign.trainer.token_likelihood import TokenLikelihood
 
 RewardFunctions = Mapping[str, Callable[..., Any]]
 

@@ -25,7 +25,7 @@ from rlalign.trainer.likelihood import Likelihood
 from rlalign.trainer.masked_policy import MaskedPolicy
 from rlalign.trainer.policy import Policy
 from rlalign.trainer.reference_cache import ReferenceLogps
-from rlalign.trainer.update import TokenLikelihood
+from rlalign.trainer.token_likelihood import TokenLikelihood
 
 AnyPolicy = Policy | MaskedPolicy
 

@@ -1,14 +1,14 @@
 """The plug between a policy and the losses: what a log-prob is, and how its gradient is taken.
 
-`TokenLikelihood` (language models: exact, one forward pass) is update.py's own functions;
-`ElboLikelihood` (diffusion language models: estimated over masks) is in elbo.py. Which one a run
-uses follows from its model, so any algorithm of log-probs runs with either.
+`TokenLikelihood` (token_likelihood.py; language models: exact, one forward pass) and
+`ElboLikelihood` (elbo.py; diffusion language models: estimated over masks). Which one a run uses
+follows from its model, so any algorithm of log-probs runs with either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 
@@ -18,8 +18,13 @@ from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
 from rlalign.types import Group, TrainBatch
 
-if TYPE_CHECKING:
-    from rlalign.trainer.reference_cache import ReferenceLogps
+
+class Reference(Protocol):
+    """Log-probs of the reference model that were computed before, for all that can come."""
+
+    def of(self, batch: TrainBatch) -> torch.Tensor:
+        """float32 [B, T], 0 beyond a completion. KeyError for a sequence that it does not have."""
+        ...
 
 
 class Likelihood(Protocol):
@@ -32,7 +37,7 @@ class Likelihood(Protocol):
         config: Config,
         world: World,
         step: int,
-        reference: ReferenceLogps | None,
+        reference: Reference | None,
     ) -> TrainBatch:
         """Attach what the losses need before the first optimizer step: log-probs of the policy
         that sampled and of the reference, where they are used, and the advantages."""

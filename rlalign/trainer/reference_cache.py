@@ -44,7 +44,7 @@ from rlalign.trainer.batch import bare_batch
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TrainEngine
 from rlalign.trainer.policy import Policy
-from rlalign.trainer.update import batch_logp
+from rlalign.trainer.token_likelihood import batch_logp
 from rlalign.types import TrainBatch
 
 KEY_BYTES = 16

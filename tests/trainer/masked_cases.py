@@ -18,12 +18,12 @@ from rlalign.algos import AlgoWarning
 from rlalign.config import Config
 from rlalign.models.masked_diffusion import MaskedDiffusionLM
 from rlalign.models.random import init_model, small_config
-from rlalign.trainer.batch import make_train_batch
+from rlalign.trainer.batch import make_train_batch, with_weights
 from rlalign.trainer.distributed import World
 from rlalign.trainer.elbo import ElboLikelihood, temperature
 from rlalign.trainer.engine import StepResult
 from rlalign.trainer.masked_policy import MaskedPolicy
-from rlalign.trainer.update import minibatches, rows_with_gradient, with_weights
+from rlalign.trainer.update import minibatches, rows_with_gradient
 from rlalign.types import Group, Prompt, Sample, Scores, TrainBatch
 from tests.support import ROOT
 

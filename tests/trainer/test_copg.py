@@ -10,12 +10,13 @@ import rlalign
 from rlalign import algos
 from rlalign.config import AlgoConfig
 from rlalign.models.random import write_random_model
-from rlalign.trainer.batch import bare_batch
+from rlalign.trainer.batch import bare_batch, with_weights
 from rlalign.trainer.coupled import SplitGroupError
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TorchEngine
 from rlalign.trainer.policy import Policy
-from rlalign.trainer.update import accumulate_gradient, minibatches, my_micro_batches, with_weights
+from rlalign.trainer.token_likelihood import accumulate_gradient, my_micro_batches
+from rlalign.trainer.update import minibatches
 from rlalign.types import TrainBatch
 from tests.support import tiny_config, tiny_settings
 

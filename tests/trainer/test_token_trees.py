@@ -24,13 +24,14 @@ from rlalign.rollout.hf import HFEngine
 from rlalign.rollout.tree_rollout import grow_trees
 from rlalign.trainer import token_trees
 from rlalign.trainer.ahead import draw, open_source
-from rlalign.trainer.batch import make_train_batch
+from rlalign.trainer.batch import make_train_batch, with_weights
 from rlalign.trainer.build import open_job
 from rlalign.trainer.distributed import World
 from rlalign.trainer.engine import TorchEngine
 from rlalign.trainer.policy import Policy
 from rlalign.trainer.record_trees import places_in_trees, segment_texts, tree_rows
-from rlalign.trainer.update import accumulate_gradient, minibatches, prepare, with_weights
+from rlalign.trainer.token_likelihood import accumulate_gradient, prepare
+from rlalign.trainer.update import minibatches
 from rlalign.types import Group, Prompt, Sample, Scores, TrainBatch
 from tests.support import tiny_config
 
