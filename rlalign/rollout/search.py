@@ -204,14 +204,15 @@ def answer_all(engine: SearchEngine, requests: Sequence[Request]) -> list[Reply]
     asked = [i for i, request in enumerate(requests) if not isinstance(request, Rate)]
     if asked:
         replies.update(zip(asked, engine.answer([requests[i] for i in asked]), strict=True))
-    for rater, index in _by_rater(requests):
+    for rater, index in by_rater(requests):
         rates = [requests[i] for i in index]
         items = [(rate.prompt, rate.response) for rate in rates if isinstance(rate, Rate)]
         replies.update(zip(index, rater.rate(items), strict=True))
     return [replies[i] for i in range(len(requests))]
 
 
-def _by_rater(requests: Sequence[Request]) -> Iterator[tuple[Rater, list[int]]]:
+def by_rater(requests: Sequence[Request]) -> Iterator[tuple[Rater, list[int]]]:
+    """Each rater that is asked, and where."""
     found: dict[int, tuple[Rater, list[int]]] = {}
     for i, request in enumerate(requests):
         if isinstance(request, Rate):

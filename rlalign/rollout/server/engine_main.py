@@ -54,8 +54,9 @@ def main() -> None:
         stream = start(setup)
     except EngineError as error:
         return channel.send({"kind": "broken", "error": str(error)})
-    limits = stream.limits
-    channel.send({"kind": "ready", "max_len": limits.max_len, "vocab": limits.vocab})
+    limits, eos_ids = stream.limits, sorted(stream.eos_ids)
+    ready = {"max_len": limits.max_len, "vocab": limits.vocab, "eos_ids": eos_ids}
+    channel.send({"kind": "ready", **ready})
     try:
         Engine(channel, stream, Receiver(setup["device"])).run()
     except EOFError:  # the server is gone
