@@ -14,7 +14,8 @@ import torch
 from rlalign.config.schema import RolloutConfig
 from rlalign.rollout import vllm_start
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
-from rlalign.rollout.vllm_stream import VllmStream, sequence_logp
+from rlalign.rollout.vllm_requests import drawn_top, sampled_logp, scoring, sequence_logp
+from rlalign.rollout.vllm_stream import VllmStream
 from rlalign.types import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -109,9 +110,7 @@ class VllmEngine:
         for i, sequence in enumerate(sequences):
             self._stream.limits.check_ids(sequence, 0, f"sequence {i}")
         work = [
-            (sequence[:-1], self._stream.scoring(sequence[-1]))
-            for sequence in sequences
-            if len(sequence) > 1
+            (sequence[:-1], scoring(sequence[-1])) for sequence in sequences if len(sequence) > 1
         ]
         scored = iter(self._run("scoring", work))
         return [
@@ -202,7 +201,7 @@ class VllmEngine:
         ]
 
     def _sample(self, request: GenerateRequest, i: int, completion: Any, text: str) -> Sample:
-        logp = tuple(completion.logprobs.logprobs)
+        logp = tuple(sampled_logp(completion.logprobs))
         if not math.isfinite(sum(logp)):
             raise EngineError(
                 f"prompt {request.prompt_id!r}: the model's logits are not finite, so nothing can "
@@ -217,4 +216,5 @@ class VllmEngine:
             finish_reason=FINISH_REASONS.get(completion.finish_reason, FINISH_ABORT),
             spans=(VersionSpan(len(logp), self.version.version),),
             text=text,
+            top=drawn_top(completion),
         )

@@ -248,13 +248,14 @@ class Engine:
 
     def _add(self, seq: int, running: Running) -> None:
         from rlalign.rollout.engine import SamplingParams
+        from rlalign.rollout.vllm_requests import scoring
 
         stream, message = self._stream, running.message
         ids, drawn = message["ids"], len(running.ids)
         running.before = drawn
         if running.scored:
             stream.limits.check_ids(ids, 0, "the sequence to score")
-            ids, params = ids[:-1], stream.scoring(ids[-1])
+            ids, params = ids[:-1], scoring(ids[-1])
         else:
             wanted = SamplingParams(**message["params"])
             stream.limits.check_params(wanted)
@@ -295,7 +296,7 @@ class Engine:
             self._channel.send({"kind": "partial", "news": news})
 
     def _give(self, output: Any) -> None:
-        from rlalign.rollout.vllm_stream import sequence_logp
+        from rlalign.rollout.vllm_requests import sampled_logp, sequence_logp
 
         seq = int(output.request_id)
         running = self._pop(seq)
@@ -303,7 +304,7 @@ class Engine:
         if running.scored:
             return self._send_done(seq, sequence_logp(output))
         completion = output.outputs[0]
-        ids, logp = completion.token_ids, completion.logprobs.logprobs
+        ids, logp = completion.token_ids, sampled_logp(completion.logprobs)
         known, version = running.known, self._version(running.adapter)
         running.take_in(ids[known:], logp[known:], version)
         self._send_drawn(seq, running, completion.finish_reason)
