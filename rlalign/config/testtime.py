@@ -1,10 +1,11 @@
+# ruff: noqa: RUF009  (option() and section() return dataclass fields)
 """Options of the test-time methods on language models (rlalign/testtime)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rlalign.config.fields import option
+from rlalign.config.fields import option, section
 
 
 @dataclass
@@ -34,3 +35,83 @@ class BestOfConfig(SearchConfig):
     temperature: float = option(1.0, "Of the samples; 0 makes them all the same.", ge=0.0)
     top_p: float = option(1.0, "Mass of the likeliest tokens that are kept.", gt=0.0, le=1.0)
     top_k: int = option(0, "Number of the likeliest tokens that are kept; 0: all.", ge=0)
+
+
+@dataclass
+class VerifierConfig:
+    """LatentSeek's self-reward: four roles of the model judge an answer."""
+
+    judge: str = option(
+        "text",
+        "How a role gives its verdict: at the end of a text of its own; logprob: at once, by the "
+        "likelier of the words True and False; both: by text, and how often the other agrees is "
+        "counted.",
+        choices=("text", "logprob", "both"),
+    )
+    cascade: bool = option(
+        False,
+        "Ask the heavier roles first, and the others only while the answer may still be accepted. "
+        "Exact for acceptance; the reward of a refused answer lacks what was not asked.",
+    )
+    max_new_tokens: int = option(4096, "Longest text of a role in tokens.", ge=1)
+    temperature: float = option(0.0, "Of the roles' texts.", ge=0.0)
+    role_weights: list[float] = option(
+        [2.0, 2.0, 1.0, 1.0],
+        "Weights of calculation_check, answer_completeness, answer_correct, understanding_check.",
+    )
+    format_weight: float = option(
+        0.0, "Weight of the rule that format_pattern is found in the answer; 0: no rule.", ge=0.0
+    )
+    format_pattern: str = option(r"\\boxed\{.+\}", "Regular expression of that rule.")
+
+
+@dataclass
+class LatentSeekConfig(SearchConfig):
+    """LatentSeek: policy gradient on the hidden states that begin a greedy answer."""
+
+    rho: float = option(0.2, "Share of the answer's tokens that is optimised.", gt=0.0, le=1.0)
+    max_latent_len: int = option(300, "Most tokens that are optimised.", ge=1)
+    start_index: int = option(0, "First token that is optimised; those before it stay.", ge=0)
+    max_steps: int = option(10, "Steps at most; 0 is greedy decoding.", ge=0)
+    tau: float = option(-0.2, "An answer whose reward is above this is accepted.")
+    lr: float = option(0.03, "Size of a step.", gt=0.0)
+    optimizer: str = option("adam", "How a gradient becomes a step.", choices=("adam", "sgd"))
+    grad_clip: float = option(0.0, "Largest norm of a gradient; 0: no bound.", ge=0.0)
+    dtype: str = option(
+        "float32",
+        "Of latents, gradients and moments; in bfloat16 small steps vanish.",
+        choices=("float32", "bfloat16", "float64"),
+    )
+    select: str = option(
+        "best",
+        "Which answer is returned: the earliest of the highest reward, or the last one (as "
+        "published).",
+        choices=("best", "last"),
+    )
+    tokens: str = option(
+        "argmax",
+        "How moved latents become tokens; categorical draws them.",
+        choices=("argmax", "categorical"),
+    )
+    proposal: str = option(
+        "gradient",
+        "Where latents move; random_signs is the control that keeps all but the gradient.",
+        choices=("gradient", "random_signs"),
+    )
+    template: str = option(
+        "none",
+        "How the question is put: as it is given; boxed: steps, and the answer in a box; json: an "
+        "object with thought process and final answer.",
+        choices=("none", "boxed", "json"),
+    )
+    memo: bool = option(
+        True, "Remember the answer and reward of a prefix; off repeats the work, for tests."
+    )
+    compat: str = option(
+        "fixed",
+        "official: prefixes go on behind an end token, the last answer is returned, latents are "
+        "bfloat16, the format rule is outside the reward's range, and verdicts are read from "
+        "question and reply.",
+        choices=("fixed", "official"),
+    )
+    verifier: VerifierConfig = section(VerifierConfig, "The self-reward, where no other is given.")

@@ -69,18 +69,20 @@ class Latents:
 @dataclass(frozen=True, slots=True, eq=False)
 class Ascend:
     """Take one step of policy-gradient ascent on latents under the engine's own head; the reply is
-    an `Ascended`. `tokens_N` are those that were rewarded."""
+    an `Ascended`. `tokens_N` are those that were rewarded; `seed` keys what `how` draws."""
 
     state: LatentState
     tokens_N: Tensor
     reward: float
     how: Ascent
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ascended:
-    """`state` after the step, the likeliest token of each of its latents, and those of the latents
-    before the step. `is_still`: the gradient was zero everywhere, so nothing can move any more."""
+    """`state` after the step, the tokens of its latents (`Ascent.tokens`), and the likeliest ones
+    of the latents before it. `is_still`: the gradient was zero everywhere and nothing moved, so
+    nothing will any more."""
 
     state: LatentState
     tokens_N: Tensor

@@ -4,6 +4,7 @@
     noise        key  = blake2b(key = run seed, person "flow-noise"; tree, iteration, time, prompt
                                 id), 128 bits
     masks        seed = as a completion's, person "masks"; index, step, iteration, prompt id
+    latents      seed = as a completion's, person "latents"; step, prompt id
     segment      seed = as a completion's, person "segment"; its name in the tree, tree, step, id
 
 So a sample can be drawn again alone, on another engine or after a resume, and comes out the same.
@@ -34,6 +35,11 @@ def mask_seed(seed: int, prompt_id: str, index: int, step: int, iteration: int) 
     `iteration` over the batch of `step`."""
     digest = _digest(8, seed, (index, step, iteration), prompt_id, person=b"masks")
     return int.from_bytes(digest, "little") >> 1
+
+
+def latent_seed(seed: int, prompt_id: str, step: int) -> int:
+    """The seed, in [0, 2^63), of what step `step` of a search over latents draws."""
+    return int.from_bytes(_digest(8, seed, (step,), prompt_id, person=b"latents"), "little") >> 1
 
 
 def _digest(
