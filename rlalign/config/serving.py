@@ -34,5 +34,5 @@ class ServeTesttimeConfig:
         300.0, "Seconds that one prompt may take, looked at between rounds.", gt=0
     )
     rewards: list[ServedReward] = option(
-        [], "Rewards that requests may name; the first is used where a method has none of its own."
+        [], "Rewards that requests may ask for by name; without one the model judges itself."
     )

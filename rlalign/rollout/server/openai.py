@@ -69,7 +69,9 @@ class OpenAi:
         body = CompletionBody.model_validate_json(await request.body())
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         encoded = iter(await self._texts.encode(texts) if texts else ())
-        prompts = [(next(encoded), p) if isinstance(p, str) else (p, None) for p in body.prompt]
+        prompts: list[tuple[list[int], str | None]] = [
+            (next(encoded), p) if isinstance(p, str) else (p, None) for p in body.prompt
+        ]
         return await self._answer(request, body, prompts, CompletionFormat(body.model))
 
     async def chat(self, request: Request) -> Any:
@@ -171,7 +173,11 @@ class OpenAi:
         methods = "" if self._methods is None else ", ".join(self._methods.names())
         raise UnknownModel(
             f"{what} {model!r}; choose one of {', '.join(self._names())}"
-            + (f", alone or as NAME{SEPARATOR}METHOD, with METHOD one of {methods}" if methods else "")
+            + (
+                f", alone or as NAME{SEPARATOR}METHOD, with METHOD one of {methods}"
+                if methods
+                else ""
+            )
         )
 
     def _described(self, model: str) -> dict[str, Any]:

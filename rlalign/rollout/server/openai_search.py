@@ -99,7 +99,11 @@ class SearchedAnswers:
         )
 
     async def _events(
-        self, form: Format, body: Body, tasks: dict[asyncio.Task[Found], Looking], prompt_tokens: int
+        self,
+        form: Format,
+        body: Body,
+        tasks: dict[asyncio.Task[Found], Looking],
+        prompt_tokens: int,
     ) -> AsyncIterator[str]:
         """Server-sent events: how far each search is, and its answer. A failure ends them."""
         left, told = set(tasks), {}

@@ -97,11 +97,6 @@ def ascended(reply: Ascended) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def params_of(message: dict[str, Any]) -> SamplingParams:
-    """Those of a `draw` message."""
-    return SamplingParams(**message["params"])
-
-
 def pack_state(state: LatentState) -> dict[str, Any]:
     tensors = {name: pack(getattr(state, name)) for name in TENSORS}
     return {**tensors, "num_steps": state.num_steps}
