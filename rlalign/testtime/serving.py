@@ -34,6 +34,7 @@ NUMBER = re.compile(r"(.+)-([1-9][0-9]{0,4})")  # of a method's name: best-of-8
 OPERATORS = ("embedder", "format_pattern")  # options that name files, or patterns that may hang
 LARGE = ("seed", "max_tokens", "max_new_tokens")  # whole numbers that are bounded elsewhere
 MAX_NUMBER = 65_536  # of the others: what a method makes a list of must fit into memory
+NEUTRAL = {"temperature": 0, "top_p": 1, "top_k": 0}  # of a method that samples nothing
 ACCOUNT = (
     "stop_reason", "reward", "num_generated_tokens", "num_prefill_tokens", "num_engine_calls",
     "num_reward_calls", "wall_s", "counters",
@@ -131,6 +132,7 @@ class ServedMethods:
             if options.get(key, value) != value:
                 raise DecodeError(f"{key}={options[key]!r} with {name}: leave it out")
         _check_options(options)
+        _leave_out_sampling(options, method, name)
         cfg = parse(method.config, {**options, **numbers})
         reward, judges = self._reward(method, asked.options.get("reward"), progress)
         cfg = self._bounded(cfg, method.most(cfg, judges))
@@ -240,6 +242,15 @@ def _check_options(options: Mapping[str, Any]) -> None:
             raise DecodeError(f"{name}={value}: give a finite number")
         if isinstance(value, int) and abs(value) > MAX_NUMBER and name not in LARGE:
             raise DecodeError(f"{name}={value}: a request may say {MAX_NUMBER} at most")
+
+
+def _leave_out_sampling(options: dict[str, Any], method: Served, name: str) -> None:
+    """Forget OpenAI's fields that say what is the case anyway, for a method without such options;
+    raise DecodeError for those that do not."""
+    has = {field.name for field in dataclasses.fields(method.config)}
+    for field, neutral in NEUTRAL.items():
+        if field in options.keys() - has and options.pop(field) != neutral:
+            raise DecodeError(f"{field}: {name} does not sample its answer; leave it out")
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

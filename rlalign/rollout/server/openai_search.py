@@ -29,8 +29,8 @@ from rlalign.rollout.server.texts import Text
 
 PROGRESS_S = 1.0  # between two events of a stream
 MAX_SEED = 2**31  # of a method's options
-# Fields of a request that a search has no use for, and those that are options of some methods.
-MEANINGLESS = ("stop", "stop_token_ids", "ignore_eos", "logprobs")
+# Fields of a request that a search has no use for, and those that some methods have options for.
+MEANINGLESS = ("stop", "stop_token_ids", "ignore_eos")
 SAMPLING = ("temperature", "top_p", "top_k")
 Body = CompletionBody | ChatBody
 
@@ -132,7 +132,8 @@ class SearchedAnswers:
 def _options(body: Body, method: str) -> dict[str, Any]:
     """What the client wants of the method, wherever it says so."""
     given = body.model_fields_set
-    useless = [name for name in MEANINGLESS if name in given and getattr(body, name)]
+    useless = [name for name in MEANINGLESS if getattr(body, name)]
+    useless += ["logprobs"] if body.logp_wanted else []
     if useless or body.n != 1:
         raise Refused(
             f"{useless[0] if useless else f'n={body.n}'}: not with {method}, which gives one whole "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlalign.algos.latent import Ascent, LatentState
-from rlalign.rollout.engine import EngineError, SamplingParams
+from rlalign.rollout.engine import EngineError
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.search import Ascend, Ascended, Choose, Draw, Drawn, Latents, Reply, Request
 from rlalign.rollout.search_hf import check_span
