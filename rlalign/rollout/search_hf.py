@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from rlalign.algos.latent import Head, ascend, gradient, likeliest, rows_at_once, wander
+from rlalign.algos.latent import Head
 from rlalign.config.schema import KernelsConfig
 from rlalign.models.head import LoraLinearLogProb, build_head
 from rlalign.rollout.decoding import FAILED
@@ -18,8 +17,8 @@ from rlalign.rollout.hf import NOT_FINITE, HFEngine
 from rlalign.rollout.hf_cache import base_model
 from rlalign.rollout.in_process import check_ids, check_requests
 from rlalign.rollout.limits import Limits
-from rlalign.rollout.sampling import sample
-from rlalign.rollout.search import Ascend, Ascended, Choose, Draw, Drawn, Latents, Reply, Request
+from rlalign.rollout.search import Ascend, Choose, Draw, Drawn, Latents, Reply, Request
+from rlalign.rollout.search_answers import check_span, climb
 
 ANY = SamplingParams(1)  # every request brings its own
 UNLIMITED = 2**31
@@ -116,43 +115,6 @@ class HFSearch:
     def _ascend(self, requests: Sequence[Ascend]) -> list[Reply]:
         head = read_head(self._model)
         return [climb(request, head, self._device) for request in requests]
-
-
-def check_span(request: Latents) -> None:
-    """Raise EngineError unless `request` asks for tokens that have a predecessor."""
-    if not 1 <= request.start < request.stop <= len(request.ids):
-        raise EngineError(
-            f"latents of tokens {request.start} to {request.stop} of {len(request.ids)}: the first "
-            "token has none, and at least one is wanted"
-        )
-
-
-@torch.no_grad()
-def climb(request: Ascend, head: Head, device: torch.device) -> Ascended:
-    """The reply to a request, computed on `device`, where the head is; what is in it is on the
-    CPU."""
-    state, how = request.state.to(device), request.how
-    before_N = likeliest(state.latent_ND, head)
-    if how.proposal == "random_signs":
-        moved, is_still = wander(state, request.seed, how), False
-    else:
-        tokens_N = request.tokens_N.to(device)
-        grad_ND = gradient(state.latent_ND, tokens_N, request.reward, head)
-        moved = ascend(state, grad_ND, how)
-        is_still = not bool(grad_ND.any()) and torch.equal(moved.latent_ND, state.latent_ND)
-    drawn = how.tokens == "categorical"
-    choose = partial(_drawn, seed=request.seed) if drawn else likeliest
-    after_N = choose(moved.latent_ND, head)
-    return Ascended(moved.to("cpu"), after_N.cpu(), before_N.cpu(), is_still)
-
-
-def _drawn(latent_ND: Tensor, head: Head, seed: int) -> Tensor:
-    """A token of each latent's distribution, int64 [N], keyed by the seed and the position."""
-    step_N = torch.arange(len(latent_ND), device=latent_ND.device)
-    rows = rows_at_once(head)
-    parts = zip(latent_ND.split(rows), step_N.split(rows), strict=True)
-    tokens = [sample(head.logits(z), torch.full_like(t, seed), t, ANY)[0] for z, t in parts]
-    return torch.cat(tokens)
 
 
 def read_head(model: nn.Module) -> Head:

@@ -99,10 +99,13 @@ class _Found(Exception):
 
 
 @torch.inference_mode()
-def read_head(runner: Any) -> Head:
-    """The head of the model that `runner` runs, on its memory: current until the next update.
+def read_head(runner: Any, adapter: int = 0) -> Head:
+    """The head of the model that `runner` runs, on its memory: current until the next update. Where
+    the LoRA adapter of that number (0: none) acts on it, a copy with the adapter merged.
+
     Raises EngineError where the logits are not linear in the hidden states, but for a factor and a
-    cap."""
+    cap.
+    """
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     model, width = runner.get_model(), runner.model_config.get_hidden_size()
@@ -128,12 +131,22 @@ def read_head(runner: Any) -> Head:
         raise _not_linear(model)
     bias_V = bias[0] if bias else None
     vocab = processor.org_vocab_size
+    weight_VD = lm_head.weight[:vocab].detach()
     return Head(
-        lm_head.weight[:vocab].detach(),
+        weight_VD if not adapter else _adapted(weight_VD, runner, adapter),
         None if bias_V is None else bias_V[:vocab].detach(),
         float(scale),
         float(softcap),
     )
+
+
+def _adapted(weight_VD: Tensor, runner: Any, adapter: int) -> Tensor:
+    loras = runner.lora_manager._adapter_manager.get_adapter(adapter).loras
+    for name, lora in loras.items():
+        if name.rsplit(".")[-1] == "lm_head":
+            change_VD = lora.lora_b.float() @ lora.lora_a.float()  # vLLM has put the scale into b
+            return (weight_VD.float() + change_VD.to(weight_VD.device)).to(weight_VD.dtype)
+    return weight_VD
 
 
 def _not_linear(model: nn.Module) -> EngineError:

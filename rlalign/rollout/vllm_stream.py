@@ -165,12 +165,13 @@ class VllmStream:
         [tokens, hidden size] on the CPU. Raises EngineError where they are not finite."""
         return self._tap.take(name)
 
-    def head(self) -> Head:
-        """The language-model head, without any adapter: a view of the weights in use now."""
+    def head(self, adapter: Adapter | None = None) -> Head:
+        """The language-model head in use now, on vLLM's memory unless `adapter` acts on it."""
         self.check_usable()
         if self._sleeping:
             raise EngineError("the engine sleeps; call wake() first")
-        return read_head(vllm_weights.runner(self._engine))
+        number = 0 if adapter is None else adapter.request.lora_int_id
+        return read_head(vllm_weights.runner(self._engine), number)
 
     # --- weights ---------------------------------------------------------------------------------
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.hf import NOT_FINITE
-from rlalign.rollout.search_hf import climb
+from rlalign.rollout.search_answers import climb
 from rlalign.rollout.server.search_messages import ascend_of, ascended, pack
 from rlalign.rollout.vllm_requests import capturing, choosing, chosen, scoring, sequence_logp
 from rlalign.rollout.vllm_weights import ADAPTER_FILE

@@ -23,7 +23,7 @@ from rlalign.algos.latent import Ascent, LatentState
 from rlalign.rollout.engine import EngineError
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.search import Ascend, Ascended, Choose, Draw, Drawn, Latents, Reply, Request
-from rlalign.rollout.search_hf import check_span
+from rlalign.rollout.search_answers import check_span
 
 TENSORS = ("latent_ND", "first_ND", "second_ND")
 
