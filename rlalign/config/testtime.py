@@ -34,3 +34,20 @@ class BestOfConfig(SearchConfig):
     temperature: float = option(1.0, "Of the samples; 0 makes them all the same.", ge=0.0)
     top_p: float = option(1.0, "Mass of the likeliest tokens that are kept.", gt=0.0, le=1.0)
     top_k: int = option(0, "Number of the likeliest tokens that are kept; 0: all.", ge=0)
+
+
+@dataclass
+class MajorityConfig(BestOfConfig):
+    """Self-consistency: independent samples, of which those with the commonest answer win."""
+
+    extract: str = option(
+        "auto",
+        "Where the answer of a sample stands: tag, boxed, json:KEY, number, line, pattern:REGEX "
+        "(group 1), or auto, the first of them that finds one.",
+    )
+    weight: str = option(
+        "reward",
+        "What a vote counts where there is a reward: the reward, at least 0 (reward), or exp of it "
+        "(exp). Without a reward it counts 1.",
+        choices=("reward", "exp"),
+    )
