@@ -18,7 +18,7 @@ from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.prompt import PROMPT_KEYS
 
 Record = dict[str, Any]
-HEAVY = ("text", "token_ids", "trace", "prompt")  # columns of a record that no figure needs
+HEAVY = ("text", "token_ids", "trace")  # columns of a record that no figure needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +100,14 @@ def held_records(path: Path, method: str, resume: bool) -> list[Record]:
 
 
 def missing(rows: Sequence[Row], records: Sequence[Record]) -> list[Row]:
-    """The rows without a record; of several with one id as many as records are missing."""
-    held = Counter(record["id"] for record in records)
+    """The rows without a record of their id and prompt; of several that are the same as many as
+    records are missing."""
+    held = Counter(_key(record["id"], record.get("prompt")) for record in records)
     left = []
     for row in rows:
-        if held[row.id]:
-            held[row.id] -= 1
+        key = _key(row.id, row.prompt)
+        if held[key]:
+            held[key] -= 1
         else:
             left.append(row)
     return left
@@ -122,6 +124,10 @@ def dump(record: Record) -> str:
         return json.dumps(record, allow_nan=False)
     except ValueError:
         return json.dumps(_finite(record), allow_nan=False)
+
+
+def _key(name: str, prompt: Any) -> tuple[str, str]:
+    return name, json.dumps(prompt)
 
 
 def _finite(value: Any) -> Any:

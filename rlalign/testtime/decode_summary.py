@@ -43,7 +43,9 @@ class Summary:
         rows.append(("errors", f"{len(self.records) - len(records)}"))
         right = self._right()
         if right:
-            rows.append(("accuracy", f"{sum(right) / len(right):.3f} ± {half_width(right):.3f}"))
+            knows = any(record["counters"].get("oracle") for record in records)
+            name = "accuracy, by a reward that knows the answer" if knows else "accuracy"
+            rows.append((name, f"{sum(right) / len(right):.3f} ± {half_width(right):.3f}"))
         rewards = [record["reward"] for record in records if record["reward"] is not None]
         if rewards:
             rows.append(("reward, mean", f"{sum(rewards) / len(rewards):.3f}"))

@@ -194,15 +194,17 @@ def opened(
         metered = Metered(engine, progress, tell)
 
         def run(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
-            method(
-                metered,
-                as_prompts(rows),
-                reward,
-                settings,
-                in_flight=job.in_flight,
-                on_done=lambda index, result: finish(rows[index], result),
-                **asked,
-            )
+            prompts = as_prompts(rows)
+            if reward is not None and prompts:
+                reward.check(set(prompts[0]) - {"id"})
+
+            def done(index: int, result: Result) -> None:
+                if reward is not None and reward.reads_answers:
+                    result.counters["oracle"] = 1
+                finish(rows[index], result)
+
+            flow = {"in_flight": job.in_flight, "on_done": done}
+            method(metered, prompts, reward, settings, **flow, **asked)
 
         yield run
 
@@ -210,7 +212,9 @@ def opened(
 class Metered:
     """`SearchEngine` that counts what another one is asked."""
 
-    def __init__(self, engine: SearchEngine, progress: Progress, tell: Callable[[Progress], None]) -> None:
+    def __init__(
+        self, engine: SearchEngine, progress: Progress, tell: Callable[[Progress], None]
+    ) -> None:
         self.tokenizer, self.eos_ids = engine.tokenizer, engine.eos_ids
         self._engine, self._progress, self._tell = engine, progress, tell
 
@@ -231,12 +235,14 @@ def as_prompts(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Rows with their ids and the same columns each, None where a row lacks one: a reward is given
     the columns of the rows that are scored together, which should not depend on who they are."""
     columns = dict.fromkeys(name for row in rows for name in row.value if name not in PROMPT_KEYS)
+    if any(row.answer is not None for row in rows):  # whichever of its names it has
+        return [{**columns, **row.value, "answer": row.answer, "id": row.id} for row in rows]
     return [{**columns, **row.value, "id": row.id} for row in rows]
 
 
 def make_record(method: str, row: Row, result: Result, find: Extract) -> Record:
     """A line of the output."""
-    record = {**result.to_json(), "id": row.id, "method": method, "prompt": row.prompt}
+    record: Record = {**result.to_json(), "id": row.id, "method": method, "prompt": row.prompt}
     if row.answer is not None:
         right = not result.error and is_right(result.text, row.answer, find)
         record |= {"answer": row.answer, "right": right}
