@@ -115,3 +115,19 @@ class LatentSeekConfig(SearchConfig):
         choices=("fixed", "official"),
     )
     verifier: VerifierConfig = section(VerifierConfig, "The self-reward, where no other is given.")
+
+
+class MajorityConfig(BestOfConfig):
+    """Self-consistency: independent samples, of which those with the commonest answer win."""
+
+    extract: str = option(
+        "auto",
+        "Where the answer of a sample stands: tag, boxed, json:KEY, number, line, pattern:REGEX "
+        "(group 1), or auto, the first of them that finds one.",
+    )
+    weight: str = option(
+        "reward",
+        "What a vote counts where there is a reward: the reward, at least 0 (reward), or exp of it "
+        "(exp). Without a reward it counts 1.",
+        choices=("reward", "exp"),
+    )
