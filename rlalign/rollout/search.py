@@ -91,17 +91,18 @@ class Ascended:
 
 
 class Rater(Protocol):
-    """Scores texts without the engine: reward functions, reward models, rules."""
+    """Answers about texts without the engine: reward functions, reward models, rules, and
+    embedders."""
 
-    def rate(self, items: Sequence[tuple[Any, str]]) -> list[float]:
-        """A score for each (prompt, response); NaN where there is none."""
+    def rate(self, items: Sequence[tuple[Any, str]]) -> list[Any]:
+        """A score for each (prompt, response), NaN where there is none; an embedder's vectors."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rate:
-    """Score `response` to `prompt`; the reply is a float. Those for one rater are scored in one
-    call."""
+    """Score `response` to `prompt`; the reply is a float, or what else the rater gives. Those for
+    one rater are scored in one call."""
 
     rater: Rater
     prompt: Any
