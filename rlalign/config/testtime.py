@@ -117,6 +117,7 @@ class LatentSeekConfig(SearchConfig):
     verifier: VerifierConfig = section(VerifierConfig, "The self-reward, where no other is given.")
 
 
+@dataclass
 class MajorityConfig(BestOfConfig):
     """Self-consistency: independent samples, of which those with the commonest answer win."""
 

@@ -17,16 +17,25 @@ from typing import Any, cast
 
 from rlalign.config.load import parse
 from rlalign.config.serving import ServeTesttimeConfig
-from rlalign.config.testtime import BestOfConfig, LatentSeekConfig, SearchConfig, VerifierConfig
+from rlalign.config.testtime import (
+    BestOfConfig,
+    LatentSeekConfig,
+    MajorityConfig,
+    RainConfig,
+    SearchConfig,
+    VerifierConfig,
+)
 from rlalign.rewards.call import GIVEN
 from rlalign.rollout.search import Search, SearchEngine
 from rlalign.rollout.server.methods import Asked, Found, Progress, ServedModel
-from rlalign.testtime import best_of_n, latent_seek
+from rlalign.testtime import best_of_n, latent_seek, majority, rain
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.ledger import Ledger
 from rlalign.testtime.prompt import Prompt, plain_text
+from rlalign.testtime.rain_run import check
 from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward, Reward
+from rlalign.testtime.self_evaluation import SelfEvaluation
 from rlalign.testtime.verifier_roles import ROLES, SelfVerification, Verdict
 
 SELF = "self"  # the reward by which the model judges itself
@@ -43,11 +52,13 @@ ACCOUNT = (
 
 @dataclass(frozen=True)
 class Start:
-    """What a search begins with. `reward`: the one that was asked for; None: the method's own."""
+    """What a search begins with. `reward` is the one that was asked for, if any; `judges` says
+    that the model judges itself."""
 
     engine: SearchEngine
     prompt: Prompt
     reward: Reward | None
+    judges: bool
     cfg: Any
     progress: Progress
 
@@ -55,18 +66,26 @@ class Start:
 @dataclass(frozen=True)
 class Served:
     """A method. `number` is the option that ends its name, `most` the tokens that it may cost at
-    most (None: nobody knows), given whether the model judges itself."""
+    most (None: nobody knows), given whether the model judges itself; it does with `judges`, unless
+    a reward is asked for."""
 
     config: type[SearchConfig]
     search: Callable[[Start], Search[Result]]
     number: str = ""
     most: Callable[[Any, bool], int | None] = lambda cfg, judges: None
-    judges: bool = True  # itself, unless a reward is asked for
+    judges: bool = True
 
 
 def _best_of_n(start: Start) -> Search[Result]:
     reward = start.reward or _verification(start, VerifierConfig())
     return best_of_n.search(start.engine, start.prompt, reward, start.cfg)
+
+
+def _majority(start: Start) -> Search[Result]:
+    reward = start.reward
+    if start.judges:
+        reward = _verification(start, VerifierConfig())
+    return majority.search(start.engine, start.prompt, reward, start.cfg)
 
 
 def _latent_seek(start: Start) -> Search[Result]:
@@ -75,14 +94,24 @@ def _latent_seek(start: Start) -> Search[Result]:
     return latent_seek.search(start.engine, start.prompt, reward, cfg)
 
 
+def _rain(start: Start) -> Search[Result]:
+    check(start.cfg)
+    scorer = start.reward
+    if scorer is None:
+        scorer = Watched(SelfEvaluation(start.engine, compat=start.cfg.compat), start.progress)
+    return rain.search(start.engine, start.prompt, scorer, start.cfg)
+
+
 def _of_samples(cfg: BestOfConfig, judges: bool) -> int:
     each = cfg.max_new_tokens + (len(ROLES) * VerifierConfig().max_new_tokens if judges else 0)
     return cfg.num_samples * each
 
 
 METHODS: Mapping[str, Served] = {
-    "best-of": Served(BestOfConfig, _best_of_n, number="num_samples", most=_of_samples),
+    "best-of": Served(BestOfConfig, _best_of_n, "num_samples", _of_samples),
+    "majority": Served(MajorityConfig, _majority, "num_samples", _of_samples, judges=False),
     "latent-seek": Served(LatentSeekConfig, _latent_seek),
+    "rain": Served(RainConfig, _rain),
 }
 EXAMPLE = 8  # of the number in a name
 
@@ -141,7 +170,7 @@ class ServedMethods:
         prompt = Prompt(asked.id, asked.ids, text, columns)
         # It has no `answer`: the server answers what the search yields.
         engine = cast(SearchEngine, model)
-        return _told(method.search(Start(engine, prompt, reward, cfg, progress)))
+        return _told(method.search(Start(engine, prompt, reward, judges, cfg, progress)))
 
     def close(self) -> None:
         self._open.close()
@@ -149,7 +178,7 @@ class ServedMethods:
     def _reward(self, method: Served, name: Any, progress: Progress) -> tuple[Reward | None, bool]:
         """The reward that was asked for, and whether the model judges itself."""
         if name is None or name == SELF:
-            return None, method.judges
+            return None, method.judges or name == SELF
         if not isinstance(name, str) or name not in self._rewards:
             known = ", ".join([SELF, *self._rewards])
             raise DecodeError(

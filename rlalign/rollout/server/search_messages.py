@@ -120,9 +120,9 @@ def pack(tensor: Tensor) -> dict[str, Any]:
 
 def unpack(packed: dict[str, Any]) -> Tensor:
     """The tensor again. Raises EngineError for one that is not whole."""
-    dtype = getattr(torch, packed["dtype"])
+    dtype, data = getattr(torch, packed["dtype"]), bytearray(base64.b64decode(packed["b64"]))
     try:
-        flat = torch.frombuffer(bytearray(base64.b64decode(packed["b64"])), dtype=dtype)
+        flat = torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
         return flat.reshape(packed["shape"])
     except (ValueError, RuntimeError) as error:
         raise EngineError(f"a tensor of {packed['shape']} did not come whole: {error}") from error
