@@ -77,3 +77,8 @@ def rounds(*sizes: int, rater: Any = None) -> Begin:
         return found(generated=generated, scores=scores)
 
     return begin
+
+
+def variety(prompts: list[Any], completions: list[str]) -> list[float]:
+    """A reward: the share of a text's characters that are different ones."""
+    return [len(set(text)) / max(1, len(text)) for text in completions]
