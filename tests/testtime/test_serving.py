@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rlalign.config import ConfigError, parse
 from rlalign.config.serving import ServeTesttimeConfig
-from rlalign.config.testtime import VerifierConfig
+from rlalign.config.testtime import (
+    BestOfConfig,
+    LatentSeekConfig,
+    MajorityConfig,
+    RainConfig,
+    VerifierConfig,
+)
+from rlalign.errors import RlalignError
 from rlalign.models.random import write_random_model
 from rlalign.rewards.verdict import RewardError
 from rlalign.rollout.search import run_searches
@@ -230,3 +240,26 @@ def test_a_search_of_a_prompt_that_fills_the_context_says_so(methods, engine):
     search = methods.begin("best-of-2", engine, Asked("0", ids, "", ORACLE), Progress())
     [error] = run_searches(engine, [search])
     assert isinstance(error, DecodeError) and "no token can follow" in str(error)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner),
+    max_leaves=8,
+)
+KINDS = {"best-of-2": BestOfConfig, "majority-2": MajorityConfig, "latent-seek": LatentSeekConfig,
+         "rain": RainConfig}  # fmt: skip
+
+
+@given(st.data())
+@settings(max_examples=150, deadline=None)
+def test_whatever_a_client_says_it_is_an_error_by_name_or_a_search(methods, engine, data):
+    name = data.draw(st.sampled_from([*KINDS]))
+    fields = [*(field.name for field in dataclasses.fields(KINDS[name])), "reward", "columns", "x"]
+    options = data.draw(st.dictionaries(st.sampled_from(fields), JSON, max_size=4))
+    try:
+        search = methods.begin(name, engine, asked(engine, **options), Progress())
+    except RlalignError as error:
+        assert str(error)
+    else:
+        search.close()
