@@ -232,8 +232,11 @@ def latents_climb_as_autograd_says(subject: Subject) -> None:
         assert torch.equal(ascended.tokens_N, tokens_N)
         assert not ascended.is_still
     assert not torch.equal(tokens_N, head(latent_ND).argmax(-1))
-    [still] = subject.ask([Ascend(state, tokens_N, 0.0, how)])
-    assert still.is_still
+    # Without a reward there is no gradient, but what Adam remembers moves on.
+    fresh = LatentState.start(latent_ND, how)
+    still, moves = subject.ask([Ascend(s, tokens_N, 0.0, how) for s in (fresh, state)])
+    assert still.is_still and torch.equal(still.state.latent_ND, fresh.latent_ND)
+    assert not moves.is_still and not torch.equal(moves.state.latent_ND, state.latent_ND)
 
 
 # --- bad requests

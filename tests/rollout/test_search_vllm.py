@@ -143,8 +143,9 @@ def test_the_mini_model_answers_token_for_token_as_on_transformers(mini, exact, 
         ]
 
 
-def test_the_mini_models_latents_climb_to_equal_tokens(mini, exact, questions):
-    how = Ascent(lr=0.2)
+@pytest.mark.parametrize("tokens", ["argmax", "categorical"])
+def test_the_mini_models_latents_climb_to_equal_tokens(mini, exact, questions, tokens):
+    how = Ascent(lr=0.2, tokens=tokens)
     drawn = exact.answer([Draw(ids, SamplingParams(32, temperature=0.0)) for ids in questions[:8]])
     for ids, reply in zip(questions, drawn, strict=False):
         whole, tokens_N = (*ids, *reply.ids), torch.tensor(reply.ids)
@@ -154,12 +155,12 @@ def test_the_mini_models_latents_climb_to_equal_tokens(mini, exact, questions):
             state, steps = LatentState.start(*engine.answer(asked), how), []
             rewarded_N = tokens_N
             for _ in range(4):
-                [step] = engine.answer([Ascend(state, rewarded_N, -1.0, how)])
+                [step] = engine.answer([Ascend(state, rewarded_N, -1.0, how, 7)])
                 state, rewarded_N = step.state, step.tokens_N
                 steps.append((step.before_N.tolist(), step.tokens_N.tolist()))
             moved.append(steps)
         assert moved[0] == moved[1]
-        assert moved[0][-1][1] != reply.ids
+        assert moved[0][-1][1] != list(reply.ids)
 
 
 def test_new_weights_are_in_draws_latents_and_the_head(mini, exact, questions):
