@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -13,6 +14,17 @@ from rlalign.rollout.sampling import sample
 from rlalign.rollout.search import Ascend, Ascended, Latents
 
 PLAIN = SamplingParams(1)  # at temperature 1, from the whole vocabulary
+
+
+def check_options(options: Sequence[int], vocab: int) -> None:
+    """Raise EngineError unless `options` are tokens of a model that has `vocab` of them."""
+    if not options:
+        raise EngineError("a choice among no tokens: name at least one option")
+    if not 0 <= min(options) <= max(options) < vocab:
+        raise EngineError(
+            f"a choice among token ids from {min(options)} to {max(options)}, the model knows 0 to "
+            f"{vocab - 1}: model and tokenizer do not belong together"
+        )
 
 
 def check_span(request: Latents) -> None:

@@ -18,7 +18,7 @@ from rlalign.rollout.hf_cache import base_model
 from rlalign.rollout.in_process import check_ids, check_requests
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.search import Ascend, Choose, Draw, Drawn, Latents, Reply, Request
-from rlalign.rollout.search_answers import check_span, climb
+from rlalign.rollout.search_answers import check_options, check_span, climb
 
 ANY = SamplingParams(1)  # every request brings its own
 UNLIMITED = 2**31
@@ -68,7 +68,7 @@ class HFSearch:
                 check_requests(self._config, [wanted], request.params)
             elif isinstance(request, Choose):
                 check_ids(self._config, request.ids, 0, "a prompt of a search")
-                check_ids(self._config, request.options, 0, "the options of a search")
+                check_options(request.options, self.limits.vocab)
             elif isinstance(request, Latents):
                 check_ids(self._config, request.ids, 0, "a sequence of a search")
                 check_span(request)

@@ -12,7 +12,7 @@ from rlalign.config.schema import VllmConfig
 from rlalign.rollout.engine import EngineError, GenerateRequest
 from rlalign.rollout.hf import NOT_FINITE
 from rlalign.rollout.search import Ascend, Choose, Draw, Drawn, Latents, Reply, Request
-from rlalign.rollout.search_answers import check_span, climb
+from rlalign.rollout.search_answers import check_options, check_span, climb
 from rlalign.rollout.vllm import FINISH_REASONS
 from rlalign.rollout.vllm_requests import capturing, choosing, chosen, drawn_top, sampled_logp
 from rlalign.rollout.vllm_run import run_all
@@ -89,7 +89,7 @@ class VllmSearch:
             limits.check([wanted], request.params)
         elif isinstance(request, Choose):
             limits.check_ids(request.ids, 1, "a prompt of a search")
-            limits.check_ids(request.options, 0, "the options of a search")
+            check_options(request.options, limits.vocab)
         elif isinstance(request, Latents):
             limits.check_ids(request.ids, 0, "a sequence of a search")
             check_span(request)

@@ -169,20 +169,18 @@ class RolloutServer:
     async def draw(self, request: Request) -> Any:
         body = DrawBody.model_validate_json(await self._body(request))
         job = self._jobs.renew(request.path_params["job"])
-        params, limits = body.params.model_dump(), Limits(**_limits(self._host))
-        limits.check_params(SamplingParams(**params))
-        longest = [
-            item.max_completion_length or body.params.max_completion_length
-            for item in body.requests
-        ]
-        for i, item in enumerate(body.requests):
-            limits.check_ids(item.ids, longest[i], f"request {i}")
+        limits = Limits(**_limits(self._host))
+        limits.check_params(SamplingParams(**body.params.model_dump()))
         wishes, places = [], []
         for i, item in enumerate(body.requests):
-            own = {**params, "max_completion_length": longest[i]}
+            params = item.params or body.params
+            longest = item.max_completion_length or params.max_completion_length
+            own = {**params.model_dump(), "max_completion_length": longest}
+            limits.check_params(SamplingParams(**own))
+            limits.check_ids(item.ids, longest, f"request {i}")
             for j, seed in enumerate(item.seeds):
                 message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": own}
-                wishes.append((message, len(item.ids) + longest[i]))
+                wishes.append((message, len(item.ids) + longest))
                 places.append((i, j))
         sequences = dict(zip(self._host.submit(job.id, wishes), places, strict=True))
         return Stream(self._lines(sequences), lambda: self._host.cancel(sequences))
