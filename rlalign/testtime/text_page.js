@@ -126,3 +126,6 @@ function chosenStep(steps, text) {
   for (let i = steps.length - 1; i >= 0; i--) if (steps[i].text === text) return i;
   return Math.max(0, steps.length - 1);
 }
+
+// A token set on one line: breaks and lone spaces as signs, and nothing as the word for it.
+const oneLine = text => !text ? "(empty)" : text.trim() ? text.replace(/\r?\n/g, "↵") : text.replace(/\n/g, "↵").replace(/ /g, "␣");

@@ -17,9 +17,9 @@ function latentPath(trace, record) {
     body.replaceChildren(...stepBody(steps[k], steps[k].text === record.text)); };
   slider.addEventListener("input", () => go(+slider.value));
   go(chosenStep(steps, record.text));
-  return section(`path of ${trace.num_latents} latents`, plot,
-    within(make("div", undefined, "controls"), button("←", () => go(+slider.value - 1), "previous step"), slider,
-      button("→", () => go(+slider.value + 1), "next step"), where), body);
+  const controls = within(make("div", undefined, "controls"), button("←", () => go(+slider.value - 1), "previous step"), slider,
+    button("→", () => go(+slider.value + 1), "next step"), where);
+  return section(`path of ${trace.num_latents} latents`, ...(steps.length > 1 ? [plot, controls] : []), body);
 }
 
 function stepBody(step, returned) {
@@ -87,7 +87,7 @@ function searchTree(trace) {
 // The committed text, each set of tokens a button that leads to its node.
 function commitLine(trace, pick) {
   return within(make("p", undefined, "commits"), ...(trace.commits || []).map((commit, k) => {
-    const piece = button(commit.text || "␃", () => pick(commit.node), `committed set ${k + 1}: ${commit.text}`);
+    const piece = button(commit.text.trim() ? commit.text : oneLine(commit.text), () => pick(commit.node), `committed set ${k + 1}: ${commit.text}`);
     piece.title = `${commit.searches} searches` + (commit.below_threshold ? ", below the threshold" : "");
     if (commit.below_threshold) piece.className = "below";
     return piece; }));
@@ -99,7 +99,7 @@ function treeRow(tree, open, id) {
   if (below) row.setAttribute("aria-expanded", String(open.has(id)));
   row.style.paddingLeft = 6 + 16 * Math.min(12, tree.indent.get(id)) + "px";
   const q = make("span", short(node.q), "value " + (node.q > 0 ? "good" : node.q < 0 ? "bad" : "soft"));
-  const label = make("span", node.parent < 0 && !node.text ? "root" : node.text || "␃", "token");
+  const label = make("span", node.parent < 0 && !node.text ? "root" : oneLine(node.text), "token");
   row.setAttribute("aria-label", `${label.textContent}, ${short(node.n)} visits, value ${short(node.q)}` +
     (node.committed ? ", committed" : "") + (node.terminal ? ", ends" : ""));
   return within(row, make("span", below ? (open.has(id) ? "▾" : "▸") : " ", "twist"), label,

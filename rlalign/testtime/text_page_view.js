@@ -82,7 +82,7 @@ function show(record) {
     ["text", record.finish === "length" ? "cut off" : "complete"],
     ["tokens generated", record.num_generated_tokens], ["tokens read", record.num_prefill_tokens],
     ["requests", record.num_engine_calls], ["texts scored", record.num_reward_calls],
-    ["seconds", short(record.wall_s)], ...Object.entries(record.counters || {})]));
+    ["seconds", short(record.wall_s)], ...Object.entries(record.counters || {}).filter(([, value]) => value)]));
   if (BUDGETS.includes(record.stop_reason)) box.append(make("p", "A budget ended the search: this is the best so far.", "note"));
   box.append(make("pre", record.text, "text " + outcome(record)));
   if (draw) box.append(draw(trace, record));

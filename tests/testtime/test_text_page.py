@@ -172,6 +172,11 @@ def test_a_step_is_its_tokens_and_what_follows():
     assert call("chosenStep", [[texts, "a"], [texts, "z"], [[], "z"]]) == [2, 3, 0]
 
 
+def test_a_token_set_is_one_line_that_shows_what_is_blank():
+    rows = [["a\nb c"], ["\n "], [""], [" x"]]
+    assert call("oneLine", rows) == ["a↵b c", "↵␣", "(empty)", " x"]
+
+
 def test_a_page_that_would_be_too_large_says_what_is_left_out(tmp_path):
     trace = {"method": "best_of_n", "samples": [{"text": "t" * 3000, "reward": 1.0}]}
     path = write(tmp_path / "out.jsonl", [record(str(i), "1", trace) for i in range(200)])
