@@ -7,7 +7,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,10 @@ from rlalign.tasks.rows import ANSWER_NAMES
 from rlalign.tasks.source import RawRow
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.prompt import PROMPT_KEYS
+from rlalign.testtime.result import Result
 
 Record = dict[str, Any]
+NEEDED = {"method", *(column.name for column in fields(Result))}  # columns of every record
 HEAVY = ("text", "token_ids", "trace")  # columns of a record that no figure needs
 
 
@@ -81,22 +83,35 @@ def held_records(path: Path, method: str, resume: bool) -> list[Record]:
             f"{path} is there already, and would be lost: choose another output, or go on with it "
             "by --resume"
         )
-    kept, records, changed = [], [], False
-    with path.open("rb") as lines:
-        for line, record in _records(path, lines):
-            if record is None or record.get("error"):
-                changed = True
-                continue
-            if record.get("method") != method:
-                raise DecodeError(
-                    f"{path} holds records of {record.get('method')}, not of {method}: choose "
-                    "another output"
-                )
-            kept.append(line)
-            records.append(slim(record))
-    if changed:
+    kept, records = [], []
+    for line, record in read_records(path):
+        if record["error"]:
+            continue
+        if record["method"] != method:
+            raise DecodeError(
+                f"{path} holds records of {record['method']}, not of {method}: choose another "
+                "output"
+            )
+        kept.append(line)
+        records.append(slim(record))
+    if sum(map(len, kept)) < path.stat().st_size:
         _replace(path, kept)
     return records
+
+
+def read_records(path: Path) -> Iterator[tuple[bytes, Record]]:
+    """Each record with its line; a last line that was not written to its end is left out. Raises
+    DecodeError for a line that is no record."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.endswith(b"\n"):
+                return
+            value = next((row.value for row in read_lines([line])), None)
+            if value is None or not set(value) >= NEEDED:
+                raise DecodeError(
+                    f"{path}, line {number} is no record of rlalign decode: choose another file"
+                )
+            yield line, dict(value)
 
 
 def missing(rows: Sequence[Row], records: Sequence[Record]) -> list[Row]:
@@ -153,19 +168,6 @@ def _row(raw: RawRow) -> Row:
     if row.prompt is None:
         return Row(row.id, {}, f"{place}: none of {', '.join(PROMPT_KEYS)} is in it")
     return row
-
-
-def _records(path: Path, lines: Iterator[bytes]) -> Iterator[tuple[bytes, Record | None]]:
-    """Each line with its record; None for a last line that was not written to its end."""
-    for line in lines:
-        if not line.endswith(b"\n"):
-            yield line, None
-            return
-        [row] = read_lines([line]) if line.strip() else [None]
-        value = None if row is None else row.value
-        if value is None or not {"id", "method", "stop_reason", "error"} <= set(value):
-            raise DecodeError(f"{path} holds a line that is no record: choose another output")
-        yield line, dict(value)
 
 
 def _replace(path: Path, lines: Sequence[bytes]) -> None:

@@ -35,11 +35,20 @@ class Summary:
         return sum(right) / len(right) if right else None
 
     def rows(self) -> list[tuple[str, str]]:
-        """Names and figures, for a table."""
+        """Names and figures of a run, for a table."""
+        rows = self.figures()
+        num_new = len(self.records) - self.num_held
+        if num_new:
+            each = self.wall_s / num_new
+            rows.append(("time", f"{self.wall_s:.1f} s, {each:.3f} s a problem"))
+        if self.num_held:
+            rows.append(("made before", f"{self.num_held}"))
+        return rows
+
+    def figures(self) -> list[tuple[str, str]]:
+        """Names and figures of the records."""
         records = [record for record in self.records if not record["error"]]
         rows = [("problems", f"{len(self.records)}")]
-        if self.num_held:
-            rows.append(("of which before", f"{self.num_held}"))
         rows.append(("errors", f"{len(self.records) - len(records)}"))
         right = self._right()
         if right:
@@ -63,10 +72,6 @@ class Summary:
         over = sum(stops[name] for name in BUDGETS)
         if over:
             rows.append(("best so far, over a budget", f"{over}"))
-        num_new = len(self.records) - self.num_held
-        if num_new:
-            each = self.wall_s / num_new
-            rows.append(("time", f"{self.wall_s:.1f} s, {each:.3f} s a problem"))
         return rows
 
     def _right(self) -> list[float]:

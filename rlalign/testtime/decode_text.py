@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,6 @@ from rlalign.testtime.rewards import FunctionReward
 from rlalign.testtime.run import IN_FLIGHT
 
 OF_REWARD = "reward."  # begins overrides that are the reward's own
-FUSED_AT_ONCE = 64  # rows that are decoded with several models before their records are written
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +136,9 @@ def check_job(job: TextJob, how: Method) -> None:
         raise DecodeError(f"{job.method} chooses by a reward: name one, e.g. --reward math")
     if how.reward == NONE and job.reward is not None:
         raise DecodeError(f"{job.method} has no use for a reward: leave it out")
-    if how.fuses and not (job.small and job.experts and isinstance(job.model, str)):
+    if how.models and not (job.small and job.experts and isinstance(job.model, str)):
         raise DecodeError(f"{job.method} needs a small model and at least one expert, by name")
-    if not how.fuses and (job.small or job.experts):
+    if not how.models and (job.small or job.experts):
         raise DecodeError(f"{job.method} decodes with one model: leave out small and experts")
     if job.reward is None and any(item.startswith(OF_REWARD) for item in job.overrides):
         raise DecodeError("there are options of a reward, but no reward: name one")
@@ -169,31 +168,27 @@ def opened(
     """What answers rows, with its models and its reward."""
     method = how.load()
     asked: dict[str, Any] = {"chat": job.chat, "system": job.system}
-    if how.fuses:
+    if how.models:
         names = (str(job.model), job.small, job.experts)
         fused = how.open_models(*names, device=job.device, dtype=job.dtype)
 
-        def run_fused(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
-            for first in range(0, len(rows), FUSED_AT_ONCE):
-                batch = rows[first : first + FUSED_AT_ONCE]
-                results = method(fused, as_prompts(batch), settings, **asked)
-                for row, result in zip(batch, results, strict=True):
-                    progress.tokens += result.num_generated_tokens
-                    finish(row, result)
+        def fuse(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
+            def done(index: int, result: Result) -> None:
+                progress.tokens += result.num_generated_tokens
+                finish(rows[index], result)
 
-        yield run_fused
+            method(fused, as_prompts(rows), settings, on_done=done, **asked)
+
+        yield fuse
         return
 
-    with ExitStack() as stack:
-        reward = None
-        if job.reward is not None:
-            reward = stack.enter_context(FunctionReward(job.reward, of_reward))
+    with nullcontext() if job.reward is None else FunctionReward(job.reward, of_reward) as reward:
         engine = job.model
         if isinstance(engine, str):
             engine = open_engine(engine, backend=job.backend, device=job.device, dtype=job.dtype)
         metered = Metered(engine, progress, tell)
 
-        def run(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
+        def search(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
             prompts = as_prompts(rows)
             if reward is not None and prompts:
                 reward.check(set(prompts[0]) - {"id"})
@@ -203,10 +198,10 @@ def opened(
                     result.counters["oracle"] = 1
                 finish(rows[index], result)
 
-            flow = {"in_flight": job.in_flight, "on_done": done}
-            method(metered, prompts, reward, settings, **flow, **asked)
+            asked["in_flight"] = job.in_flight
+            method(metered, prompts, reward, settings, on_done=done, **asked)
 
-        yield run
+        yield search
 
 
 class Metered:

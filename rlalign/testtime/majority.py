@@ -77,7 +77,10 @@ def search(
         reward=None if reward is None else best.reward,
         trace={
             "method": "majority",
-            "answers": [{"answer": answers[group[0]], "votes": votes} for votes, _, group in tally],
+            "answers": [
+                {"answer": answers[group[0]], "votes": votes, "samples": group}
+                for votes, _, group in tally
+            ],
             "samples": [
                 {"text": one.text, "reward": number(one.reward), "answer": answer}
                 for one, answer in zip(samples, answers, strict=True)

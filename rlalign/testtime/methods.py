@@ -16,26 +16,22 @@ REQUIRED, OPTIONAL, NONE = "required", "optional", "none"
 @dataclass(frozen=True, slots=True)
 class Method:
     """`function` is the public one, `module:name`; `config` the class of its options; `reward`
-    says whether it takes one. `fuses`: it decodes with several models at once."""
+    says whether it takes one. `models` opens what it decodes with where that is several models."""
 
     function: str
     config: str
     reward: str
-    fuses: bool = False
+    models: str = ""
 
     def load(self) -> Callable[..., Any]:
         """The public function."""
-        module, _, name = self.function.partition(":")
-        return getattr(importlib.import_module(module), name)
+        return _find(self.function)
 
     def open_models(
         self, large: str, small: str, experts: Sequence[str], *, device: str, dtype: str
     ) -> Any:
         """The models of a method that decodes with several."""
-        module = importlib.import_module(self.function.partition(":")[0])
-        return module.open_fusion(
-            large=large, small=small, experts=list(experts), device=device, dtype=dtype
-        )
+        return _find(self.models)(large, small, list(experts), device=device, dtype=dtype)
 
     def config_class(self) -> type[configs.SearchConfig]:
         return getattr(configs, self.config)
@@ -47,7 +43,10 @@ METHODS = {
     "latent-seek": Method("rlalign.testtime.latent_seek:latent_seek", "LatentSeekConfig", OPTIONAL),
     "rain": Method("rlalign.testtime.rain:rain", "RainConfig", OPTIONAL),
     "logit-fusion": Method(
-        "rlalign.testtime.logit_fusion:logit_fusion", "FusionConfig", NONE, fuses=True
+        "rlalign.testtime.logit_fusion:logit_fusion",
+        "FusionConfig",
+        NONE,
+        models="rlalign.testtime.fusion_models:open_fusion",
     ),
 }
 
@@ -57,3 +56,8 @@ def find_method(name: str) -> Method:
     if name not in METHODS:
         raise DecodeError(f"there is no method {name!r}: choose one of {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def _find(path: str) -> Callable[..., Any]:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -117,9 +117,7 @@ def test_an_interrupt_loses_nothing_and_resume_does_the_rest_only(stop_at, tmp_p
     assert out.read_text().startswith(before)
     assert sum(len(requests) for requests in engine.rounds) == 2 * (6 - stop_at - 1)
     assert reached[-1] == 6 and reached[0] == stop_at + 1
-    assert (
-        summary.num_held == stop_at + 1 and ("of which before", str(stop_at + 1)) in summary.rows()
-    )
+    assert summary.num_held == stop_at + 1 and ("made before", str(stop_at + 1)) in summary.rows()
 
     def content(path):
         return sorted(json.dumps(record | {"wall_s": 0}) for record in read(path))
@@ -277,7 +275,7 @@ def test_numbers_that_json_lacks_become_null():
 
 
 def run(capsys, monkeypatch, *arguments: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["rlalign", "decode", *arguments])
+    monkeypatch.setattr(sys, "argv", ["rlalign", *arguments])
     try:
         cli.main()
         status = 0
@@ -292,7 +290,7 @@ def test_the_command_writes_records_a_table_and_a_page(tmp_path, capsys, monkeyp
     source, out = write(tmp_path / "rows.jsonl", rows), tmp_path / "out.jsonl"
     common = ["--model", "mini:chain", "--input", str(source), "--output", str(out)]
     options = ["--reward", "math", "num_samples=2", "max_new_tokens=40", "--shard", "1/2"]
-    status, _, err = run(capsys, monkeypatch, "best-of-n", *common, *options)
+    status, _, err = run(capsys, monkeypatch, "decode", "best-of-n", *common, *options)
     assert status == 0, err
     assert "tokens generated, a problem" in err and "accuracy" in err and "samples 2" in err
     with FunctionReward("math") as reward:
@@ -300,15 +298,14 @@ def test_the_command_writes_records_a_table_and_a_page(tmp_path, capsys, monkeyp
             open_engine("mini:chain"), rows[:2], reward, num_samples=2, max_new_tokens=40
         )
     assert [record["text"] for record in read(out)] == [result.text for result in results]
-    status, _, err = run(capsys, monkeypatch, "best-of-n", *common, *options)
+    status, _, err = run(capsys, monkeypatch, "decode", "best-of-n", *common, *options)
     assert status == 1 and "--resume" in err and "Traceback" not in err
     status, _, err = run(
-        capsys, monkeypatch, "best-of-n", *common, *options[:-1], "2/2", "--resume"
+        capsys, monkeypatch, "decode", "best-of-n", *common, *options[:-1], "2/2", "--resume"
     )
     assert status == 0 and len(read(out)) == 5
-    monkeypatch.setattr(sys, "argv", ["rlalign", "report", str(out)])
-    cli.main()
-    assert "out.html" in capsys.readouterr().out and (tmp_path / "out.html").exists()
+    status, shown, _ = run(capsys, monkeypatch, "report", str(out))
+    assert status == 0 and "out.html" in shown and (tmp_path / "out.html").exists()
 
 
 def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
@@ -318,7 +315,7 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr("rlalign.testtime.decode_text.decode_text", interrupted)
     arguments = ["--model", "m", "--input", "i.jsonl", "--output", "o.jsonl"]
-    status, _, err = run(capsys, monkeypatch, "rain", *arguments)
+    status, _, err = run(capsys, monkeypatch, "decode", "rain", *arguments)
     assert status == 130 and "4 records" in err and "--resume" in err and "Traceback" not in err
 
 
@@ -326,5 +323,5 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
     "method", ["best-of-n", "majority", "latent-seek", "rain", "logit-fusion", "reflect"]
 )
 def test_each_method_has_help_with_an_example(method, capsys, monkeypatch):
-    status, out, _ = run(capsys, monkeypatch, method, "--help")
+    status, out, _ = run(capsys, monkeypatch, "decode", method, "--help")
     assert status == 0 and f"rlalign decode {method}" in " ".join(out.split())

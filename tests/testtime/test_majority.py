@@ -27,7 +27,10 @@ def vote(texts, table=None, **options):
 def test_spellings_of_one_answer_vote_together_and_the_earliest_of_them_is_returned():
     result = vote(["it is 7", "so 1,000", "7", "hence 1000.0", "thus 1e3"])
     assert result.text == "so 1,000" and result.reward is None
-    assert result.trace["answers"] == [{"answer": "1,000", "votes": 3}, {"answer": "7", "votes": 2}]
+    assert result.trace["answers"] == [
+        {"answer": "1,000", "votes": 3, "samples": [1, 3, 4]},
+        {"answer": "7", "votes": 2, "samples": [0, 2]},
+    ]
     assert [s["answer"] for s in result.trace["samples"]] == ["7", "1,000", "7", "1000.0", "1e3"]
     assert result.trace["method"] == "majority" and result.stop_reason == "samples"
 
