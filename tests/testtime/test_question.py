@@ -27,8 +27,8 @@ def test_the_whole_prompt():
         "Judge.\n\n"
         "Request: q0\nReply: r0\nWhich statement about the reply holds?\n(A) good\n(B) bad\n"
         "Answer: (A) w0\n\n"
-        "Request: q1\nReply: r1\nWhich statement about the reply holds?\n(A) bad\n(B) good\n"
-        "Answer: (A) w1\n\n"
+        "Request: q1\nReply: r1\nWhich statement about the reply holds?\n(A) good\n(B) bad\n"
+        "Answer: (B) w1\n\n"
         "Request: Q?\nReply: R {x}\nWhich statement about the reply holds?\n(A) bad\n(B) good\n"
     )
 
@@ -54,7 +54,7 @@ def test_a_reply_is_cut_after_its_last_sentence_where_that_is_asked():
 @pytest.mark.parametrize("question", QUESTIONS.values(), ids=QUESTIONS)
 def test_built_in_templates_have_both_answers_as_either_letter(question):
     letters = [
-        LETTERS[question.orders()[i % len(question.options)].index(example.right)]
+        LETTERS[question.order_of(i).index(example.right)]
         for i, example in enumerate(question.examples)
     ]
     assert len(question.options) == len(question.values)
