@@ -14,7 +14,7 @@ import numpy as np
 from rlalign.rollout.search import Rate, Search
 from rlalign.testtime.errors import DecodeError
 
-SIZES = (1, 2, 3)  # of the n-grams
+SIZES = (2, 3, 4)  # of the n-grams
 DIMENSIONS = 512
 PRIME = np.uint64(0x100000001B3)  # FNV's
 MIX = np.uint64(0x9E3779B97F4A7C15)

@@ -34,10 +34,10 @@ class Question:
 
     def head(self, question: str, reply: str, order: tuple[int, ...], skip: int = 0) -> str:
         """All of the prompt but `answer`, with options in `order` and without the first `skip`
-        examples. Option orders of the examples alternate."""
+        examples."""
         items = []
         for number, example in enumerate(self.examples):
-            turned = self.orders()[number % len(self.options)]
+            turned = self.order_of(number)
             letter = LETTERS[turned.index(example.right)]
             item = self._item(example.question, example.reply, turned)
             items.append(f"{item}{self.answer}{letter}) {example.why}")
@@ -49,6 +49,12 @@ class Question:
         """Rotations of the options: in them, each has each letter once."""
         count = len(self.options)
         return [tuple((i + turn) % count for i in range(count)) for turn in range(count)]
+
+    def order_of(self, number: int) -> tuple[int, ...]:
+        """Of the options of example `number`. It changes only every few examples: with right
+        options that alternate, an order that did too would make A right each time."""
+        count = len(self.options)
+        return self.orders()[number // count % count]
 
     def cut(self, reply: str) -> str:
         """What of a reply is judged."""
