@@ -110,7 +110,7 @@ def test_without_steps_it_is_greedy_decoding(engine, options, reason):
         assert result.token_ids == greedy_ids(engine, text)
         assert (result.stop_reason, result.num_reward_calls) == (reason, 1)
         assert result.num_generated_tokens == len(result.token_ids)
-        assert result.counters.get("steps", 0) == 0 and result.trace["num_latents"] == 0
+        assert result.counters["steps"] == 0 and result.trace["num_latents"] == 0
     assert not recorder.of(Latents) and not recorder.of(Ascend)
 
 
@@ -178,7 +178,7 @@ def test_memory_saves_work_and_changes_nothing(engine, lr, tokens):
     for a, b in zip(with_it, without, strict=True):
         assert (a.trace, a.text, a.reward) == (b.trace, b.text, b.reward)
         assert b.num_reward_calls == 13
-        assert a.num_reward_calls <= 13 - a.counters.get("repeats", 0)
+        assert a.num_reward_calls <= 13 - a.counters["repeats"]
     assert len(set(rewards[0].texts)) == len(set(rewards[1].texts))
     if lr == 0.002 and tokens == "argmax":  # most steps change no token
         assert len(rewards[0].texts) < len(rewards[1].texts) / 2
@@ -200,7 +200,25 @@ def test_prefixes_met_again_are_not_asked_again(engine):
     assert len(asked) < len(result.trace["steps"])
 
 
-@pytest.mark.parametrize("in_flight", [1, 2, 6])
+def test_searches_that_step_on_the_spot_draw_with_the_others(engine):
+    """Steps come first, so that a round of draws is one for all."""
+    rounds = []
+
+    class Counting(Recorder):
+        def answer(self, requests):
+            rounds.append({type(request) for request in requests})
+            return super().answer(requests)
+
+    recorder = Counting(engine)
+    options = BOLD | {"lr": 0.003, "max_steps": 20}
+    results = latent_seek(recorder, PROMPTS[1:], Scored(bad), **options)
+    assert sum(result.counters["repeats"] for result in results) > 30
+    most = max(len({*map(tuple, (s["prefix"] for s in r.trace["steps"]))}) for r in results)
+    assert sum(Draw in kinds for kinds in rounds) <= most + 1
+    assert all(kinds == {Ascend} for kinds in rounds if Ascend in kinds)
+
+
+@pytest.mark.parametrize("in_flight", [2, 6])
 @pytest.mark.parametrize("how", [{}, {"tokens": "categorical"}, {"proposal": "random_signs"}])
 def test_searches_side_by_side_are_those_alone_in_any_order(engine, in_flight, how):
     rows = [{"prompt": text, "id": text} for text in PROMPTS]
@@ -367,7 +385,7 @@ def test_rewards_that_cannot_move_anything_are_counted(engine):
 
 def test_a_gradient_of_zero_ends_the_search(engine):
     [result] = latent_seek(engine, ["zzzz"], Scored(lambda text: 0.0), **BOLD | {"tau": 0.5})
-    assert (result.stop_reason, result.counters.get("steps", 0)) == ("still", 0)
+    assert (result.stop_reason, result.counters["steps"]) == ("still", 0)
     assert result.num_engine_calls == 3
 
 
@@ -390,7 +408,7 @@ def test_momentum_may_move_latents_whose_gradient_is_zero(engine):
 def test_a_budget_of_tokens_gives_the_best_so_far(engine):
     [free] = latent_seek(engine, ["zzzz"], Scored(hashed), **BOLD)
     spent = []
-    for budget in range(1, free.num_generated_tokens + 1):
+    for budget in [1, 8, 19, 20, 21, *range(25, free.num_generated_tokens + 1, 5)]:
         [result] = latent_seek(engine, ["zzzz"], Scored(hashed), max_tokens=budget, **BOLD)
         assert result.num_generated_tokens <= budget
         rewards = [step["reward"] for step in result.trace["steps"]]
@@ -403,7 +421,7 @@ def test_a_budget_of_tokens_gives_the_best_so_far(engine):
             ]
         assert result.over_budget and result.stop_reason == "max_tokens"
         spent.append(len(rewards))
-    assert spent == sorted(spent) and spent[-1] > 2
+    assert spent == sorted(spent) and spent[-1] > 2 and len(set(spent)) > 2
 
 
 def test_a_budget_of_seconds_is_looked_at_between_rounds(engine, monkeypatch):
