@@ -163,11 +163,23 @@ def run_searches(
             advance(index, lambda i=index: next(searches[i]))
         if not pending:
             return [results[index] for index in range(len(searches))]
-        rounds, pending = pending, {}
+        rounds = _next_rounds(pending)
+        pending = {index: pending[index] for index in pending if index not in rounds}
         replies = iter(answer_all(engine, [r for requests in rounds.values() for r in requests]))
         for index, requests in rounds.items():
             own = [next(replies) for _ in requests]
             advance(index, lambda s=searches[index], own=own: resume(s, own))
+
+
+def _next_rounds(pending: dict[int, Sequence[Request]]) -> dict[int, Sequence[Request]]:
+    """Steps on latents come before all else: many of them change no token, and what the searches
+    draw is then drawn in one call."""
+    steps = {
+        index: requests
+        for index, requests in pending.items()
+        if all(isinstance(request, Ascend) for request in requests)
+    }
+    return steps or dict(pending)
 
 
 def together(searches: Sequence[Search[R]]) -> Search[list[R]]:

@@ -41,6 +41,9 @@ from rlalign.testtime.verifier_roles import SelfVerification
 from rlalign.types import FINISH_LENGTH, FINISH_STOP
 
 WORST = -1.0  # the reward of an answer that has none
+COUNTERS = (
+    "steps", "repeats", "tie_mismatches", "bad_rewards", "positive_rewards", "cut_off"
+)  # fmt: skip
 
 
 def latent_seek(
@@ -92,6 +95,7 @@ def search(
     taken for -1), "positive_rewards" (above 0, not above tau: the answer cannot change by them) and
     "cut_off" answers."""
     ledger = new_ledger(cfg)
+    ledger.counters.update(dict.fromkeys(COUNTERS, 0))
     if oracle:
         ledger.counters["oracle"] = 1
     prompt = with_template(engine.tokenizer, prompt, cfg.template, chat)
