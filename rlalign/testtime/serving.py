@@ -28,10 +28,13 @@ from rlalign.config.testtime import (
 from rlalign.rewards.call import GIVEN
 from rlalign.rollout.search import Search, SearchEngine
 from rlalign.rollout.server.methods import Asked, Found, Progress, ServedModel
-from rlalign.testtime import best_of_n, latent_seek, majority, rain
+from rlalign.testtime.best_of_n import search as search_best_of_n
 from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.latent_seek import search as search_latent_seek
 from rlalign.testtime.ledger import Ledger
+from rlalign.testtime.majority import search as search_majority
 from rlalign.testtime.prompt import Prompt, plain_text
+from rlalign.testtime.rain import search as search_rain
 from rlalign.testtime.rain_run import check
 from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward, Reward
@@ -78,20 +81,20 @@ class Served:
 
 def _best_of_n(start: Start) -> Search[Result]:
     reward = start.reward or _verification(start, VerifierConfig())
-    return best_of_n.search(start.engine, start.prompt, reward, start.cfg)
+    return search_best_of_n(start.engine, start.prompt, reward, start.cfg)
 
 
 def _majority(start: Start) -> Search[Result]:
     reward = start.reward
     if start.judges:
         reward = _verification(start, VerifierConfig())
-    return majority.search(start.engine, start.prompt, reward, start.cfg)
+    return search_majority(start.engine, start.prompt, reward, start.cfg)
 
 
 def _latent_seek(start: Start) -> Search[Result]:
     cfg = start.cfg
     reward = start.reward or _verification(start, cfg.verifier, tau=cfg.tau, compat=cfg.compat)
-    return latent_seek.search(start.engine, start.prompt, reward, cfg)
+    return search_latent_seek(start.engine, start.prompt, reward, cfg)
 
 
 def _rain(start: Start) -> Search[Result]:
@@ -99,7 +102,7 @@ def _rain(start: Start) -> Search[Result]:
     scorer = start.reward
     if scorer is None:
         scorer = Watched(SelfEvaluation(start.engine, compat=start.cfg.compat), start.progress)
-    return rain.search(start.engine, start.prompt, scorer, start.cfg)
+    return search_rain(start.engine, start.prompt, scorer, start.cfg)
 
 
 def _of_samples(cfg: BestOfConfig, judges: bool) -> int:

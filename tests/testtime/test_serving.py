@@ -24,9 +24,13 @@ from rlalign.models.random import write_random_model
 from rlalign.rewards.verdict import RewardError
 from rlalign.rollout.search import run_searches
 from rlalign.rollout.server.methods import Asked, Progress
-from rlalign.testtime import best_of_n, latent_seek, majority, rain, serving
+from rlalign.testtime import serving
+from rlalign.testtime.best_of_n import best_of_n
 from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.latent_seek import latent_seek
+from rlalign.testtime.majority import majority
 from rlalign.testtime.open_engine import open_engine
+from rlalign.testtime.rain import rain
 from rlalign.testtime.rewards import FunctionReward
 from rlalign.testtime.serving import MAX_NUMBER, ServedMethods
 
@@ -89,10 +93,10 @@ def test_each_method_finds_what_it_finds_without_a_server(methods, engine):
     climb = {"rho": 0.8, "lr": 10.0, "tau": 0.5}
     grow = {"max_searches": 10, "score_range": [0.0, 1.0]}
     with FunctionReward("exact_match", {"pattern": "<answer>(.*)</"}) as reward:
-        [best] = best_of_n.best_of_n(engine, [row], reward, num_samples=8, **common)
-        [most] = majority.majority(engine, [row], num_samples=5, **common)
-        [sought] = latent_seek.latent_seek(engine, [row], reward, **climb, **common)
-        [grown] = rain.rain(engine, [row], reward, **grow, **common)
+        [best] = best_of_n(engine, [row], reward, num_samples=8, **common)
+        [most] = majority(engine, [row], num_samples=5, **common)
+        [sought] = latent_seek(engine, [row], reward, **climb, **common)
+        [grown] = rain(engine, [row], reward, **grow, **common)
     for name, options, want in (
         ("best-of-8", ORACLE, best),
         ("majority-5", {}, most),
@@ -252,7 +256,7 @@ KINDS = {"best-of-2": BestOfConfig, "majority-2": MajorityConfig, "latent-seek":
 
 
 @given(st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_a_client_says_it_is_an_error_by_name_or_a_search(methods, engine, data):
     name = data.draw(st.sampled_from([*KINDS]))
     fields = [*(field.name for field in dataclasses.fields(KINDS[name])), "reward", "columns", "x"]
