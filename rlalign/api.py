@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -94,8 +95,11 @@ def serve(
     """
     from rlalign.config import ServeConfig, parse
     from rlalign.rollout.server.serve import serve as run
+    from rlalign.testtime.serving import ServedMethods
 
-    run(parse(ServeConfig, {"model": model}, overrides), on_ready)
+    config = parse(ServeConfig, {"model": model}, overrides)
+    with contextlib.closing(ServedMethods(config.testtime)) as methods:
+        run(config, on_ready, methods)
 
 
 def evaluate(

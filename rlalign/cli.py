@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
-from rich.table import Table
+
+from rlalign.cli_decode import decode
 
 app = typer.Typer(
     add_completion=False,
@@ -21,7 +21,6 @@ app = typer.Typer(
 )
 out, err = Console(), Console(stderr=True)
 
-decode = typer.Typer(no_args_is_help=True, help="Test-time methods: the weights stay as they are.")
 app.add_typer(decode, name="decode")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, e.g. configs/grpo/mini.yaml")]
@@ -133,14 +132,19 @@ def algos() -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
-    """Write a run's curves and samples into one self-contained HTML page.
+def report(
+    run: Annotated[Path, typer.Argument(help="A run directory, or records of rlalign decode.")],
+) -> None:
+    """Write one self-contained HTML page: a run's curves and samples, or what a test-time method
+    answered and how it came to it.
 
-    Example: `rlalign report runs/grpo-mini`
+    Examples: `rlalign report runs/grpo-mini`, `rlalign report out.jsonl`
     """
-    from rlalign.tracking.report import write_report
-
-    out.print(f"wrote {write_report(run)}")
+    if run.suffix == ".jsonl":
+        from rlalign.testtime.text_page import write_text_page as write
+    else:
+        from rlalign.tracking.report import write_report as write
+    out.print(escape(f"wrote {write(run)}"), soft_wrap=True)
 
 
 @app.command()
@@ -175,58 +179,6 @@ def bench(
     out.print(benchmarks.render(result))
     if not all(bar["holds"] for bar in result["bars"]):
         raise typer.Exit(1)
-
-
-@decode.command("reflect")
-def decode_reflect(
-    domain: Annotated[str, typer.Argument(help="sudoku or driving.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value options, e.g. max_iters=4 regen=window")
-    ] = None,
-    num: Annotated[int | None, typer.Option(help="Problems; 20 by default.")] = None,
-    input: Annotated[
-        str | None, typer.Option(help="JSONL file of problems, - for stdin; else own ones.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for results.jsonl and index.html; else stdout.")
-    ] = None,
-    skip_bad: Annotated[bool, typer.Option(help="Leave out lines that cannot be used.")] = False,
-    resume: Annotated[bool, typer.Option(help="Go on with the results in --out.")] = False,
-    steps: Annotated[int | None, typer.Option(help="Forward passes that fill a canvas.")] = None,
-    drafts: Annotated[int | None, typer.Option(help="First sequences to choose from.")] = None,
-    blanks: Annotated[int | None, typer.Option(help="sudoku: blank cells of its puzzles.")] = None,
-    oracle: Annotated[str | None, typer.Option(help="driving: cv or gt.")] = None,
-    size: Annotated[str | None, typer.Option(help="driving: planner, full or smoke.")] = None,
-) -> None:
-    """Repair what a masked-diffusion model writes, where a verifier finds fault.
-
-    Example: `rlalign decode reflect sudoku --num 20 --blanks 12 --steps 2`
-    """
-    import json
-
-    from rlalign.testtime.decode import decode_reflect as run
-
-    settings = [*(overrides or []), *([f"steps={steps}"] if steps is not None else [])]
-    options = {"drafts": drafts, "blanks": blanks, "oracle": oracle, "size": size}
-    given = {name: value for name, value in options.items() if value is not None}
-    shared: dict[str, Any] = {"num": num, "source": input, "out": out}
-    shared |= {"skip_bad": skip_bad, "resume": resume}
-    show = None if out else lambda record: typer.echo(json.dumps(record))
-    with Progress(console=err, transient=True, disable=not err.is_terminal) as bars:
-        bar = bars.add_task(domain, total=None)
-
-        def move(done: int, total: int) -> None:
-            bars.update(bar, completed=done, total=total)
-
-        summary = run(domain, settings, **shared, on_record=show, on_progress=move, **given)
-    table = Table("", domain, box=None)
-    for row in summary.rows():
-        table.add_row(*row)
-    err.print(table)
-    for problem in summary.skipped:
-        err.print(escape(f"skipped: {problem}"), soft_wrap=True)
-    if summary.page:
-        err.print(escape(f"wrote {summary.page}, and results.jsonl beside it"), soft_wrap=True)
 
 
 def _is_main_process() -> bool:

@@ -6,6 +6,9 @@
 With `a` the tokens that earned the reward r, at each position on its own (LatentSeek, Li et al.
 2025, https://arxiv.org/abs/2505.13308). No autograd is needed: the gradient is closed.
 
+Adam's first step is lr in every coordinate, along the gradient's sign, whatever the size of r; and
+where pi(a_t | z_t) is almost 1 it is still lr. bfloat16 loses a step of 0.03 on a coordinate of 8.
+
 Shapes: N positions, D hidden size, V vocabulary.
 """
 
@@ -48,7 +51,9 @@ class Head:
 @dataclass(frozen=True, slots=True)
 class Ascent:
     """How latents climb. `optimizer` is adam or sgd; `grad_clip` bounds the norm of the whole
-    gradient (0: no bound); `dtype` is that of latents, gradients and moments."""
+    gradient (0: no bound); `dtype` is that of latents, gradients and moments. `proposal` is
+    gradient, or the control random_signs (`wander`); `tokens` says what is made of latents
+    that have moved: the likeliest token (argmax), or one drawn (categorical)."""
 
     lr: float = 0.03
     optimizer: str = "adam"
@@ -56,6 +61,8 @@ class Ascent:
     eps: float = 1e-8
     grad_clip: float = 0.0
     dtype: str = "float32"
+    proposal: str = "gradient"
+    tokens: str = "argmax"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,13 +92,9 @@ def gradient(latent_ND: Tensor, tokens_N: Tensor, reward: float, head: Head) -> 
     reward of 0 gives zeros, whatever else is not finite."""
     if reward == 0:
         return torch.zeros_like(latent_ND)
-    rows = max(1, CHUNK_BYTES // (4 * len(head.weight_VD)))
+    rows = rows_at_once(head)
     parts = zip(latent_ND.split(rows), tokens_N.split(rows), strict=True)
-    return (
-        torch.cat([_gradient(*part, reward, head) for part in parts])
-        if len(tokens_N)
-        else (torch.zeros_like(latent_ND))
-    )
+    return torch.cat([_gradient(*part, reward, head) for part in parts])
 
 
 def _gradient(latent_ND: Tensor, tokens_N: Tensor, reward: float, head: Head) -> Tensor:
@@ -106,8 +109,13 @@ def _gradient(latent_ND: Tensor, tokens_N: Tensor, reward: float, head: Head) ->
 
 def likeliest(latent_ND: Tensor, head: Head) -> Tensor:
     """The likeliest token of each latent, int64 [N]; of equals the one with the lowest id."""
-    rows = max(1, CHUNK_BYTES // (4 * len(head.weight_VD)))
-    return torch.cat([head.logits(part).argmax(-1) for part in latent_ND.split(rows)])
+    parts = latent_ND.split(rows_at_once(head))
+    return torch.cat([head.logits(part).argmax(-1) for part in parts])
+
+
+def rows_at_once(head: Head) -> int:
+    """Positions whose logits may exist at once."""
+    return max(1, CHUNK_BYTES // (4 * len(head.weight_VD)))
 
 
 def ascend(state: LatentState, grad_ND: Tensor, how: Ascent) -> LatentState:
@@ -124,3 +132,12 @@ def ascend(state: LatentState, grad_ND: Tensor, how: Ascent) -> LatentState:
     scale_ND = (second_ND / (1 - decay_square**step)).sqrt() + how.eps
     moved_ND = state.latent_ND + how.lr * (first_ND / (1 - decay**step)) / scale_ND
     return LatentState(moved_ND, first_ND, second_ND, step)
+
+
+def wander(state: LatentState, seed: int, how: Ascent) -> LatentState:
+    """One step of lr, up or down, in every coordinate, by signs that `seed` alone decides: as far
+    as Adam's first step goes, without its direction."""
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    sign_ND = 2 * torch.randint(2, state.latent_ND.shape, generator=generator, device="cpu") - 1
+    moved_ND = state.latent_ND + how.lr * sign_ND.to(state.latent_ND)
+    return LatentState(moved_ND, state.first_ND, state.second_ND, state.num_steps + 1)

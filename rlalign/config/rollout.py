@@ -10,6 +10,7 @@ from omegaconf import MISSING
 from rlalign.config.diffusion import DiffusionConfig
 from rlalign.config.fields import option, section
 from rlalign.config.flow import FlowConfig
+from rlalign.config.serving import ServeTesttimeConfig
 from rlalign.config.tree import TokenTreeConfig
 
 
@@ -103,6 +104,7 @@ class ServeConfig:
     max_body_mib: int = option(64, "Largest request.", ge=1)
     max_weights_mib: int = option(16384, "Largest update that comes over HTTP.", ge=1)
     vllm: VllmConfig = section(VllmConfig, "vLLM's own options.")
+    testtime: ServeTesttimeConfig = section(ServeTesttimeConfig, "Models called NAME@METHOD.")
 
 
 @dataclass

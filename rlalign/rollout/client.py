@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -138,21 +139,12 @@ class RolloutClient:
                 "ids": request.token_ids,
                 "seeds": request.seeds,
                 "max_completion_length": request.max_completion_length,
+                "params": None if request.params is None else asdict(request.params),
             }
             for request in requests
             if request.seeds
         ]
-        body = {
-            "requests": wanted,
-            "params": {
-                "max_completion_length": params.max_completion_length,
-                "temperature": params.temperature,
-                "top_p": params.top_p,
-                "top_k": params.top_k,
-                "stop_token_ids": params.stop_token_ids,
-                "ignore_eos": params.ignore_eos,
-            },
-        }
+        body = {"requests": wanted, "params": asdict(params)}
         asked = [i for i, r in enumerate(requests) if r.seeds]
         drawn: dict[int, dict[int, dict[str, Any]]] = {i: {} for i in asked}
         total = sum(len(r.seeds) for r in requests)
@@ -359,6 +351,7 @@ class RolloutClient:
                 finish_reason=FINISH_REASONS.get(line["finish"], FINISH_ABORT),
                 spans=tuple(VersionSpan(*span) for span in line["spans"]),
                 text=text,
+                top=tuple(tuple((token, logp) for token, logp in t) for t in line.get("top", ())),
             )
             for j, (line, text) in enumerate(zip(lines, texts, strict=True))
         ]

@@ -29,16 +29,19 @@ def check_requests(
     config: Any, requests: Sequence[GenerateRequest], params: SamplingParams
 ) -> None:
     """Raise EngineError unless a model of HF config `config` can serve the requests."""
-    if params.temperature < 0:
-        raise EngineError(f"temperature is {params.temperature}; it must be at least 0")
-    lengths = [request.limited(params).max_completion_length for request in requests]
-    if (shortest := min([params.max_completion_length, *lengths])) < 1:
-        raise EngineError(f"max_completion_length is {shortest}; it must be at least 1")
-    for request, length in zip(requests, lengths, strict=True):
-        name = f"prompt {request.prompt_id!r}"
-        check_ids(config, request.token_ids, length, name)
+    _check_params(params)
+    for request in requests:
+        name, own = f"prompt {request.prompt_id!r}", request.limited(params)
+        _check_params(own)
+        check_ids(config, request.token_ids, own.max_completion_length, name)
         if any(not -(2**63) <= seed < 2**63 for seed in request.seeds):
             raise EngineError(f"{name}: a seed must fit 64 bits, got {request.seeds}")
+
+
+def _check_params(params: SamplingParams) -> None:
+    for name, least in (("temperature", 0), ("max_completion_length", 1), ("num_top", 0)):
+        if (value := getattr(params, name)) < least:
+            raise EngineError(f"{name} is {value}; it must be at least {least}")
 
 
 def check_ids(config: Any, ids: Sequence[int], extra: int, name: str) -> None:

@@ -38,7 +38,8 @@ class Limits:
             raise EngineError(
                 f"max_completion_length is {params.max_completion_length}; it must be at least 1"
             )
-
+        if params.num_top < 0:
+            raise EngineError(f"num_top is {params.num_top}; it must be at least 0")
         strange = [token for token in params.stop_token_ids if not 0 <= token < self.vocab]
         if strange:
             raise EngineError(

@@ -12,6 +12,8 @@ Legend: B rows, T columns, L completion length, M places.
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -59,6 +61,7 @@ class _Row:
     prompt: tuple[int, ...]
     seed: int
     length: int
+    params: SamplingParams
 
 
 class MaskedDiffusionEngine:
@@ -109,16 +112,19 @@ class MaskedDiffusionEngine:
         """
         check_requests(self._config, requests, params)
         self._refuse_masks(requests)
+        if any(request.limited(params).num_top for request in requests):
+            raise EngineError(
+                "num_top asks for the likeliest tokens of each step, and a masked-diffusion model "
+                "decides many at once: leave it at 0"
+            )
         samples: list[list[Any]] = [[None] * len(request.seeds) for request in requests]
         tokens = forwards = 0
         with evaluating(self._model), torch.inference_mode():
             for rows in self._batches(requests, params):
-                filled = self._fill(rows, params)
+                filled = self._fill(rows)
                 tokens += len(rows) * rows[0].length
                 forwards += int(filled.forwards_B.sum())
-                for row, sample in zip(
-                    rows, self._read(rows, requests, filled, params), strict=True
-                ):
+                for row, sample in zip(rows, self._read(rows, requests, filled), strict=True):
                     samples[row.request][row.index] = sample
         self.last_stats = GenerateStats(sum(map(len, samples)), tokens, forwards)
         return samples
@@ -186,21 +192,21 @@ class MaskedDiffusionEngine:
     def _batches(
         self, requests: Sequence[GenerateRequest], params: SamplingParams
     ) -> Iterator[list[_Row]]:
-        """All rows, at most `max_batch_size` of one completion length at a time."""
-        rows = [
-            _Row(r, i, request.token_ids, seed, request.limited(params).max_completion_length)
-            for r, request in enumerate(requests)
-            for i, seed in enumerate(request.seeds)
-        ]
-        rows.sort(key=lambda row: (row.length, len(row.prompt)))
-        start = 0
-        while start < len(rows):
-            length = rows[start].length
-            batch = [r for r in rows[start : start + self._max_batch_size] if r.length == length]
-            yield batch
-            start += len(batch)
+        """All rows, at most `max_batch_size` of one completion length and way at a time."""
+        rows = []
+        for r, request in enumerate(requests):
+            length, own = request.limited(params).max_completion_length, request.params or params
+            rows += [
+                _Row(r, i, request.token_ids, seed, length, own)
+                for i, seed in enumerate(request.seeds)
+            ]
+        rows.sort(key=lambda row: (row.length, dataclasses.astuple(row.params), len(row.prompt)))
+        for _, alike in itertools.groupby(rows, lambda row: (row.length, row.params)):
+            same = list(alike)
+            for start in range(0, len(same), self._max_batch_size):
+                yield same[start : start + self._max_batch_size]
 
-    def _fill(self, rows: Sequence[_Row], params: SamplingParams) -> Unmasked:
+    def _fill(self, rows: Sequence[_Row]) -> Unmasked:
         length, width = rows[0].length, max(len(row.prompt) for row in rows)
         ids_BT = torch.full((len(rows), width + length), self._model.mask_id)
         real_BT = torch.ones_like(ids_BT, dtype=torch.bool)
@@ -211,7 +217,7 @@ class MaskedDiffusionEngine:
         padded = not bool(real_BT.all())
         canvas = Canvas(ids_BT.to(self._device), real_BT.to(self._device) if padded else None)
         seed_B = torch.tensor([row.seed for row in rows], device=self._device)
-        how = self._unmask_params(length, params)
+        how = self._unmask_params(length, rows[0].params)
         return unmask(self._model, canvas, how, seed_B, start=width)
 
     def _unmask_params(self, length: int, params: SamplingParams) -> UnmaskParams:
@@ -247,10 +253,9 @@ class MaskedDiffusionEngine:
         rows: Sequence[_Row],
         requests: Sequence[GenerateRequest],
         filled: Unmasked,
-        params: SamplingParams,
     ) -> Iterator[Sample]:
         """The samples of the rows of a filled canvas."""
-        stops, length = self._stops(params), rows[0].length
+        stops, length = self._stops(rows[0].params), rows[0].length
         parts = (filled.ids_BT, filled.logp_BT, filled.step_BT)
         columns = (part_BT[:, -length:].tolist() for part_BT in parts)
         for row, ids, logps, steps in zip(rows, *columns, strict=True):

@@ -69,18 +69,20 @@ class Latents:
 @dataclass(frozen=True, slots=True, eq=False)
 class Ascend:
     """Take one step of policy-gradient ascent on latents under the engine's own head; the reply is
-    an `Ascended`. `tokens_N` are those that were rewarded."""
+    an `Ascended`. `tokens_N` are those that were rewarded; `seed` keys what `how` draws."""
 
     state: LatentState
     tokens_N: Tensor
     reward: float
     how: Ascent
+    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Ascended:
-    """`state` after the step, the likeliest token of each of its latents, and those of the latents
-    before the step. `is_still`: the gradient was zero everywhere, so nothing can move any more."""
+    """`state` after the step, the tokens of its latents (`Ascent.tokens`), and the likeliest ones
+    of the latents before it. `is_still`: the gradient was zero everywhere and nothing moved, so
+    nothing will any more."""
 
     state: LatentState
     tokens_N: Tensor
@@ -89,17 +91,18 @@ class Ascended:
 
 
 class Rater(Protocol):
-    """Scores texts without the engine: reward functions, reward models, rules."""
+    """Answers about texts without the engine: reward functions, reward models, rules, and
+    embedders."""
 
-    def rate(self, items: Sequence[tuple[Any, str]]) -> list[float]:
-        """A score for each (prompt, response); NaN where there is none."""
+    def rate(self, items: Sequence[tuple[Any, str]]) -> list[Any]:
+        """A score for each (prompt, response), NaN where there is none; an embedder's vectors."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rate:
-    """Score `response` to `prompt`; the reply is a float. Those for one rater are scored in one
-    call."""
+    """Score `response` to `prompt`; the reply is a float, or what else the rater gives. Those for
+    one rater are scored in one call."""
 
     rater: Rater
     prompt: Any
@@ -160,11 +163,23 @@ def run_searches(
             advance(index, lambda i=index: next(searches[i]))
         if not pending:
             return [results[index] for index in range(len(searches))]
-        rounds, pending = pending, {}
+        rounds = _next_rounds(pending)
+        pending = {index: pending[index] for index in pending if index not in rounds}
         replies = iter(answer_all(engine, [r for requests in rounds.values() for r in requests]))
         for index, requests in rounds.items():
             own = [next(replies) for _ in requests]
             advance(index, lambda s=searches[index], own=own: resume(s, own))
+
+
+def _next_rounds(pending: dict[int, Sequence[Request]]) -> dict[int, Sequence[Request]]:
+    """Steps on latents come before all else: many of them change no token, and what the searches
+    draw is then drawn in one call."""
+    steps = {
+        index: requests
+        for index, requests in pending.items()
+        if all(isinstance(request, Ascend) for request in requests)
+    }
+    return steps or dict(pending)
 
 
 def together(searches: Sequence[Search[R]]) -> Search[list[R]]:
@@ -204,14 +219,15 @@ def answer_all(engine: SearchEngine, requests: Sequence[Request]) -> list[Reply]
     asked = [i for i, request in enumerate(requests) if not isinstance(request, Rate)]
     if asked:
         replies.update(zip(asked, engine.answer([requests[i] for i in asked]), strict=True))
-    for rater, index in _by_rater(requests):
+    for rater, index in by_rater(requests):
         rates = [requests[i] for i in index]
         items = [(rate.prompt, rate.response) for rate in rates if isinstance(rate, Rate)]
         replies.update(zip(index, rater.rate(items), strict=True))
     return [replies[i] for i in range(len(requests))]
 
 
-def _by_rater(requests: Sequence[Request]) -> Iterator[tuple[Rater, list[int]]]:
+def by_rater(requests: Sequence[Request]) -> Iterator[tuple[Rater, list[int]]]:
+    """Each rater that is asked, and where."""
     found: dict[int, tuple[Rater, list[int]]] = {}
     for i, request in enumerate(requests):
         if isinstance(request, Rate):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlalign.algos.latent import Head, ascend, gradient, likeliest
+from rlalign.algos.latent import Head
 from rlalign.config.schema import KernelsConfig
 from rlalign.models.head import LoraLinearLogProb, build_head
 from rlalign.rollout.decoding import FAILED
@@ -17,7 +17,8 @@ from rlalign.rollout.hf import NOT_FINITE, HFEngine
 from rlalign.rollout.hf_cache import base_model
 from rlalign.rollout.in_process import check_ids, check_requests
 from rlalign.rollout.limits import Limits
-from rlalign.rollout.search import Ascend, Ascended, Choose, Draw, Drawn, Latents, Reply, Request
+from rlalign.rollout.search import Ascend, Choose, Draw, Drawn, Latents, Reply, Request
+from rlalign.rollout.search_answers import check_options, check_span, climb
 
 ANY = SamplingParams(1)  # every request brings its own
 UNLIMITED = 2**31
@@ -67,7 +68,7 @@ class HFSearch:
                 check_requests(self._config, [wanted], request.params)
             elif isinstance(request, Choose):
                 check_ids(self._config, request.ids, 0, "a prompt of a search")
-                check_ids(self._config, request.options, 0, "the options of a search")
+                check_options(request.options, self.limits.vocab)
             elif isinstance(request, Latents):
                 check_ids(self._config, request.ids, 0, "a sequence of a search")
                 check_span(request)
@@ -114,28 +115,6 @@ class HFSearch:
     def _ascend(self, requests: Sequence[Ascend]) -> list[Reply]:
         head = read_head(self._model)
         return [climb(request, head, self._device) for request in requests]
-
-
-def check_span(request: Latents) -> None:
-    """Raise EngineError unless `request` asks for tokens that have a predecessor."""
-    if not 1 <= request.start < request.stop <= len(request.ids):
-        raise EngineError(
-            f"latents of tokens {request.start} to {request.stop} of {len(request.ids)}: the first "
-            "token has none, and at least one is wanted"
-        )
-
-
-@torch.no_grad()
-def climb(request: Ascend, head: Head, device: torch.device) -> Ascended:
-    """The reply to a request, computed on `device`, where the head is; what is in it is on the
-    CPU."""
-    state = request.state.to(device)
-    before_N = likeliest(state.latent_ND, head)
-    grad_ND = gradient(state.latent_ND, request.tokens_N.to(device), request.reward, head)
-    moved = ascend(state, grad_ND, request.how)
-    is_still = not bool(grad_ND.any())
-    after_N = likeliest(moved.latent_ND, head)
-    return Ascended(moved.to("cpu"), after_N.cpu(), before_N.cpu(), is_still)
 
 
 def read_head(model: nn.Module) -> Head:

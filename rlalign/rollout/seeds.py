@@ -4,7 +4,9 @@
     noise        key  = blake2b(key = run seed, person "flow-noise"; tree, iteration, time, prompt
                                 id), 128 bits
     masks        seed = as a completion's, person "masks"; index, step, iteration, prompt id
+    latents      seed = as a completion's, person "latents"; step, prompt id
     segment      seed = as a completion's, person "segment"; its name in the tree, tree, step, id
+    RAIN         seed = as a completion's, person "rain"; tree, node, kind, index, prompt id
 
 So a sample can be drawn again alone, on another engine or after a resume, and comes out the same.
 """
@@ -36,6 +38,11 @@ def mask_seed(seed: int, prompt_id: str, index: int, step: int, iteration: int) 
     return int.from_bytes(digest, "little") >> 1
 
 
+def latent_seed(seed: int, prompt_id: str, step: int) -> int:
+    """The seed, in [0, 2^63), of what step `step` of a search over latents draws."""
+    return int.from_bytes(_digest(8, seed, (step,), prompt_id, person=b"latents"), "little") >> 1
+
+
 def _digest(
     size: int, seed: int, fields: tuple[int, ...], prompt_id: str, person: bytes = b""
 ) -> bytes:
@@ -54,6 +61,13 @@ def segment_seed(seed: int, prompt_id: str, tree: int, name: tuple[int, ...], st
         return sample_seed(seed, prompt_id, tree, step)
     fields = (len(name), *name, tree, step)
     return int.from_bytes(_digest(8, seed, fields, prompt_id, person=b"segment"), "little") >> 1
+
+
+def rain_seed(seed: int, prompt_id: str, tree: int, node: int, kind: int, index: int) -> int:
+    """The seed, in [0, 2^63), of draw number `index` of a kind (candidates, rollouts) at node
+    number `node` of a search's tree."""
+    digest = _digest(8, seed, (tree, node, kind, index), prompt_id, person=b"rain")
+    return int.from_bytes(digest, "little") >> 1
 
 
 def _int64(value: int) -> bytes:

@@ -3,18 +3,17 @@ wait has a deadline."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 
 from rlalign.config.schema import RolloutConfig
-from rlalign.rollout import vllm_start
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
-from rlalign.rollout.vllm_stream import VllmStream, sequence_logp
+from rlalign.rollout.vllm_requests import drawn_top, sampled_logp, scoring, sequence_logp
+from rlalign.rollout.vllm_run import run_all
+from rlalign.rollout.vllm_stream import VllmStream
 from rlalign.types import (
     FINISH_ABORT,
     FINISH_LENGTH,
@@ -109,9 +108,7 @@ class VllmEngine:
         for i, sequence in enumerate(sequences):
             self._stream.limits.check_ids(sequence, 0, f"sequence {i}")
         work = [
-            (sequence[:-1], self._stream.scoring(sequence[-1]))
-            for sequence in sequences
-            if len(sequence) > 1
+            (sequence[:-1], scoring(sequence[-1])) for sequence in sequences if len(sequence) > 1
         ]
         scored = iter(self._run("scoring", work))
         return [
@@ -156,32 +153,12 @@ class VllmEngine:
         on_progress: Callable[[int, int], None] | None = None,
     ) -> list[Any]:
         """Final output of every (token ids, vLLM sampling parameters), in order."""
-        deadline = time.monotonic() + self._cfg.timeout_s
-        results: dict[int, Any] = {}
-        with self._stepping(len(work), results):
-            for i, (token_ids, params) in enumerate(work):
-                self._stream.add(str(i), token_ids, params)
-            while len(results) < len(work):
-                if time.monotonic() > deadline:
-                    raise EngineError(
-                        f"{what}: {len(results)} of {len(work)} sequences after "
-                        f"{self._cfg.timeout_s:g} s, which is the deadline; raise "
-                        "rollout.vllm.timeout_s or send fewer at once"
-                    )
-                for output in self._stream.step():
-                    results[int(output.request_id)] = output
-                if on_progress is not None:
-                    on_progress(len(results), len(work))
-        return [results[i] for i in range(len(work))]
-
-    @contextlib.contextmanager
-    def _stepping(self, number: int, results: dict[int, Any]) -> Iterator[None]:
-        """Leave no request behind, and torch's random state as it was."""
-        with vllm_start.rng_kept(self._device), vllm_start.eager(self._device, self._cfg):
-            try:
-                yield
-            finally:
-                self._stream.abort([str(i) for i in range(number) if i not in results])
+        named = {str(i): item for i, item in enumerate(work)}
+        results = run_all(self._stream, what, named, self._cfg, self._device, on_progress)
+        for result in results.values():
+            if isinstance(result, EngineError):
+                raise result
+        return [results[name] for name in named]
 
     def _samples(
         self, requests: Sequence[GenerateRequest], completions: Sequence[Any]
@@ -202,7 +179,7 @@ class VllmEngine:
         ]
 
     def _sample(self, request: GenerateRequest, i: int, completion: Any, text: str) -> Sample:
-        logp = tuple(completion.logprobs.logprobs)
+        logp = tuple(sampled_logp(completion.logprobs))
         if not math.isfinite(sum(logp)):
             raise EngineError(
                 f"prompt {request.prompt_id!r}: the model's logits are not finite, so nothing can "
@@ -217,4 +194,5 @@ class VllmEngine:
             finish_reason=FINISH_REASONS.get(completion.finish_reason, FINISH_ABORT),
             spans=(VersionSpan(len(logp), self.version.version),),
             text=text,
+            top=drawn_top(completion),
         )

@@ -13,6 +13,10 @@ changes a token or a log-prob:
 Only sequences that have nothing told of them before they end (RequestOutputKind.FINAL_ONLY), with
 the log-prob of the sampled token alone, are held back; the first and the last token of these, and
 all of the others, take vLLM's own path.
+
+And what a sequence leaves in the cache is cleared where its logits were not finite: the attention
+of vLLM's CPU kernels spans the whole of a block, where 0 * NaN is NaN, so whoever has the block
+next would have none either.
 """
 
 from __future__ import annotations
@@ -116,6 +120,8 @@ class CpuScheduler(Scheduler):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._held: dict[str, Held] = {}  # by request
+        self._sick: set[str] = set()  # requests with logits that are not finite
+        self._to_clear: list[int] = []  # blocks
         groups = [group.kv_cache_spec for group in self.kv_cache_config.kv_cache_groups]
         if len(groups) == 1 and type(groups[0]) is FullAttentionSpec:
             self._block = groups[0].block_size
@@ -139,6 +145,7 @@ class CpuScheduler(Scheduler):
             )
 
     def update_from_output(self, scheduler_output: Any, model_runner_output: Any) -> Any:
+        self._find_sick(model_runner_output)
         told = self._hold(scheduler_output.num_scheduled_tokens, model_runner_output)
         held = {name: self._held[name] for name in told if name in self._held}
         outputs = super().update_from_output(
@@ -168,6 +175,26 @@ class CpuScheduler(Scheduler):
             held.logp.append(logp[row])
             held.ranks.append(ranks[row])
         return told
+
+    def _find_sick(self, output: Any) -> None:
+        if output.logprobs is None or np.isfinite(output.logprobs.logprobs[:, 0]).all():
+            return
+        for name, row in output.req_id_to_index.items():
+            if not np.isfinite(output.logprobs.logprobs[row, 0]):
+                self._sick.add(name)
+
+    def _free_request_blocks(self, request: Any) -> None:
+        if request.request_id in self._sick:
+            self._sick.discard(request.request_id)
+            groups = self.kv_cache_manager.get_blocks(request.request_id).blocks
+            own = [block.block_id for group in groups for block in group if block.ref_cnt == 1]
+            self.kv_cache_manager.evict_blocks(set(own))
+            self._to_clear += own
+        super()._free_request_blocks(request)
+
+    def _get_new_block_ids_to_zero(self) -> list[int] | None:
+        own, self._to_clear = self._to_clear, []
+        return [*(super()._get_new_block_ids_to_zero() or ()), *own] or None
 
     def untold(self, name: str) -> tuple[list[int], list[float]]:
         """Tokens and log-probs of a sequence that the output processor does not know of yet."""

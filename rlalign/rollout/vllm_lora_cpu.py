@@ -41,6 +41,7 @@ def install() -> None:
     LoRAModelManager.activate_adapter = activate_adapter  # type: ignore[method-assign]
     PunicaWrapperCPU.update_metadata = _update_metadata  # type: ignore[method-assign]
     PunicaWrapperCPU.add_lora_linear = _add_lora_linear  # type: ignore[method-assign]
+    PunicaWrapperCPU.add_lora_embedding = _add_lora_embedding  # type: ignore[method-assign]
     PunicaWrapperCPU.add_lora_logits = _add_lora_logits  # type: ignore[method-assign]
 
 
@@ -94,6 +95,16 @@ def _add_lora_linear(
     """y[:, slice] += scale * (x A^T) B^T for every slice; A [places, 1, R, D], B [places, 1, O,
     R]."""
     _add(self, self.token_rows, y, x, lora_a_stacked, lora_b_stacked, scale, output_slices)
+
+
+def _add_lora_embedding(
+    self: Any, y: Tensor, x: Tensor, lora_b_stacked: Tensor, *_: Any, **__: Any
+) -> None:
+    """y += x B^T, where x [N, R] are the tokens' rows of A; B [places, 1, O, R]. Some families have
+    this layer whatever an adapter's targets are."""
+    for place in self.token_rows.places:
+        own_N = self.token_rows.place_N == place
+        y[own_N] += x[own_N] @ lora_b_stacked[place, 0].T
 
 
 def _add_lora_logits(

@@ -72,6 +72,9 @@ def start(
             )
         if cfg.max_loras and device == "cpu":
             vllm_lora_cpu.install()
+        from rlalign.rollout import vllm_sampler
+
+        vllm_sampler.install()
         args = EngineArgs(
             model=model_path,
             dtype=cast(Any, dtype),
@@ -80,6 +83,7 @@ def start(
             max_num_seqs=cfg.max_num_seqs,
             enable_prefix_caching=cfg.enable_prefix_caching,
             logprobs_mode="processed_logprobs",
+            max_logprobs=-1,  # of as many tokens as there are
             skip_tokenizer_init=True,
             generation_config="vllm",
             disable_log_stats=True,

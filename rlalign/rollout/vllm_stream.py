@@ -18,12 +18,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 
+from rlalign.algos.latent import Head
 from rlalign.config.schema import VllmConfig
-from rlalign.rollout import vllm_start, vllm_weights
+from rlalign.rollout import vllm_requests, vllm_start, vllm_weights
 from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.hf import eos_token_ids
 from rlalign.rollout.limits import Limits
 from rlalign.rollout.staging import WeightStage
+from rlalign.rollout.vllm_latents import LatentTap, read_head
 from rlalign.types import PolicyVersion
 
 
@@ -89,6 +91,8 @@ class VllmStream:
         self._engine: Any = vllm_start.start(
             model_path, cfg, dtype=dtype, max_model_len=max_len, seed=seed, device=device
         )
+        self._tap = LatentTap()
+        self._tap.install(vllm_weights.runner(self._engine))
         self.version = PolicyVersion(0, "")
         _live = weakref.ref(self)
 
@@ -96,24 +100,7 @@ class VllmStream:
 
     def sampling(self, params: SamplingParams, seed: int) -> Any:
         """vLLM's parameters for one sequence drawn with `seed`."""
-        stop = set() if params.ignore_eos else self.eos_ids | set(params.stop_token_ids)
-        return _vllm_params(
-            seed=_vllm_seed(seed),
-            temperature=params.temperature,
-            top_p=params.top_p,
-            top_k=params.top_k,
-            max_tokens=params.max_completion_length,
-            stop_token_ids=sorted(stop),
-            logprobs=0,  # of the sampled token alone
-        )
-
-    def scoring(self, last_token: int) -> Any:
-        """vLLM's parameters for scoring a sequence of which `add` gets all but the last token. That
-        one is scored as a continuation: vLLM wants room to generate one, and so a sequence of the
-        greatest length still fits."""
-        return _vllm_params(
-            temperature=0.0, max_tokens=1, prompt_logprobs=0, logprob_token_ids=[last_token]
-        )
+        return vllm_requests.drawing(params, seed, self.eos_ids, self.limits.vocab)
 
     def add(
         self, name: str, token_ids: Sequence[int], params: Any, adapter: Adapter | None = None
@@ -131,6 +118,10 @@ class VllmStream:
             )
         except Exception as error:  # vLLM's own checks; nothing has changed
             raise EngineError(f"vLLM refuses it: {type(error).__name__}: {error}") from error
+        if params.extra_args:
+            [internal] = self._engine.output_processor.external_req_ids[name]
+            first = params.extra_args[vllm_requests.LATENTS_FROM]
+            self._tap.follow(name, internal, first, len(token_ids))
 
     def step(self) -> list[Any]:
         """Advance every running sequence by a token; vLLM's outputs of those that are finished."""
@@ -151,19 +142,36 @@ class VllmStream:
     def abort(self, names: Sequence[str]) -> None:
         if names and self._broken is None and self._engine is not None:
             self._engine.abort_request(list(names))
+        for name in names:
+            self._tap.forget(name)
 
     def drawn(self, name: str, since: int = 0) -> tuple[list[int], list[float]]:
         """What a running sequence has from its token `since` on: token ids and log-probs."""
         processor = self._engine.output_processor
         [internal] = processor.external_req_ids[name]
         state = processor.request_states[internal]
-        ids, logp = state.detokenizer.output_token_ids, state.logprobs_processor.logprobs.logprobs
+        ids = state.detokenizer.output_token_ids
+        logp = vllm_requests.sampled_logp(state.logprobs_processor.logprobs)
         scheduler = self._engine.engine_core.engine_core.scheduler
         if not isinstance(scheduler, CountsSilently):
             return ids[since:], logp[since:]
         more_ids, more_logp = scheduler.untold(internal)
         more = slice(max(0, since - len(ids)), None)
         return [*ids[since:], *more_ids[more]], [*logp[since:], *more_logp[more]]
+
+    def latents(self, name: str) -> torch.Tensor:
+        """Of a finished sequence that was added with `vllm_requests.capturing(start)`, once: what
+        the head read to predict the tokens from `start` on, one more than were given; float32
+        [tokens, hidden size] on the CPU. Raises EngineError where they are not finite."""
+        return self._tap.take(name)
+
+    def head(self, adapter: Adapter | None = None) -> Head:
+        """The language-model head in use now, on vLLM's memory unless `adapter` acts on it."""
+        self.check_usable()
+        if self._sleeping:
+            raise EngineError("the engine sleeps; call wake() first")
+        number = 0 if adapter is None else adapter.request.lora_int_id
+        return read_head(vllm_weights.runner(self._engine), number)
 
     # --- weights ---------------------------------------------------------------------------------
 
@@ -279,31 +287,3 @@ class VllmStream:
             raise EngineError("the engine was closed; create a new one")
         if self._broken is not None:
             raise EngineError(f"{self._broken}: close this engine and start another")
-
-
-def sequence_logp(output: Any) -> list[float]:
-    """Of the tokens from 1 on of a scored sequence: the prompt's, then the continuation's."""
-    return [*output.prompt_logprobs.logprobs, output.outputs[0].logprobs.logprobs[-1]]
-
-
-def _vllm_params(**options: Any) -> Any:
-    from vllm import SamplingParams as VllmParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return VllmParams(
-        ignore_eos=True,  # the stop tokens say it all
-        flat_logprobs=True,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-        skip_clone=True,
-        **options,
-    )
-
-
-def _vllm_seed(seed: int) -> int:
-    """Every bit of `seed` in the lower 32, which are all that torch's CPU generator reads
-    (splitmix64: Steele, Lea and Flood, OOPSLA 2014)."""
-    mask = 2**64 - 1
-    mixed = (seed ^ (seed >> 30)) * 0xBF58476D1CE4E5B9 & mask
-    mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB & mask
-    return (mixed ^ (mixed >> 31)) >> 1

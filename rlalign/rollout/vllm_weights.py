@@ -64,12 +64,17 @@ def adapter_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def runner(engine: Any) -> Any:
+    """vLLM's model runner in this process."""
+    return _worker(engine).model_runner
+
+
 def _worker(engine: Any) -> Any:
     return engine.model_executor.driver_worker
 
 
 def _after_load(engine: Any) -> None:
-    _repack_heads(_worker(engine).model_runner.model)
+    _repack_heads(runner(engine).model)
     if not engine.reset_prefix_cache():
         raise EngineError("vLLM keeps the prefix cache of the old weights: a request is running")
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from rlalign.config.testtime import BestOfConfig
 from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.search import Draw, Drawn, Search, SearchEngine, together
 from rlalign.rollout.seeds import sample_seed
+from rlalign.testtime.ledger import Ledger
 from rlalign.testtime.prompt import Given, Prompt, plain_text
 from rlalign.testtime.result import Result, make_result
 from rlalign.testtime.rewards import Reward
@@ -48,31 +50,61 @@ def best_of_n(
 def search(
     engine: SearchEngine, prompt: Prompt, reward: Reward, cfg: BestOfConfig
 ) -> Search[Result]:
-    """Of one prompt. With a budget of tokens, answers are drawn one after another while it
-    lasts."""
+    """Of one prompt."""
     ledger = new_ledger(cfg)
-    length = longest(engine, prompt.ids, cfg.max_new_tokens)
-    params = SamplingParams(length, cfg.temperature, cfg.top_p, cfg.top_k)
-    draws = [
-        Draw(prompt.ids, params, sample_seed(cfg.seed, prompt.id, i, 0))
-        for i in range(cfg.num_samples)
-    ]
-    answers: list[Drawn] = []
-    at_once = 1 if cfg.max_tokens or cfg.max_wall_s else len(draws)
-    while len(answers) < len(draws) and not ledger.over():
-        answers += yield from ledger.ask(draws[len(answers) : len(answers) + at_once])
-    texts = [plain_text(engine.tokenizer, answer.ids) for answer in answers]
-    scores = yield from together([reward(prompt, text, ledger) for text in texts])
-    known = [-math.inf if math.isnan(score) else score for score in scores]
-    best = known.index(max(known))
-    complete = len(answers) == len(draws)
+    samples = yield from draw_samples(engine, prompt, reward, cfg, ledger)
+    known = [-math.inf if math.isnan(sample.reward) else sample.reward for sample in samples]
+    best = samples[known.index(max(known))]
     return make_result(
         prompt,
         ledger,
-        text=texts[best],
-        token_ids=answers[best].ids,
-        finish=answers[best].finish,
-        stop_reason="samples" if complete else ledger.over(),
-        reward=scores[best],
-        trace={"samples": [{"text": t, "reward": s} for t, s in zip(texts, scores, strict=True)]},
+        text=best.text,
+        token_ids=best.drawn.ids,
+        finish=best.drawn.finish,
+        stop_reason=ledger.over() if len(samples) < cfg.num_samples else "samples",
+        reward=best.reward,
+        trace={
+            "method": "best_of_n",
+            "samples": [{"text": one.text, "reward": number(one.reward)} for one in samples],
+        },
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """An answer; `reward` is NaN where it has none."""
+
+    text: str
+    drawn: Drawn
+    reward: float
+
+
+def draw_samples(
+    engine: SearchEngine,
+    prompt: Prompt,
+    reward: Reward | None,
+    cfg: BestOfConfig,
+    ledger: Ledger,
+) -> Search[list[Sample]]:
+    """`num_samples` answers, all at once. With a budget they are drawn and scored one after
+    another while it lasts: at least one, the last of them perhaps cut off by it."""
+    length = longest(engine, prompt.ids, cfg.max_new_tokens)
+    at_once = 1 if cfg.max_tokens or cfg.max_wall_s else cfg.num_samples
+    samples: list[Sample] = []
+    while len(samples) < cfg.num_samples and not (samples and ledger.over()):
+        left = ledger.left(length)
+        params = SamplingParams(left, cfg.temperature, cfg.top_p, cfg.top_k)
+        first = len(samples)
+        seeds = [sample_seed(cfg.seed, prompt.id, first + i, 0) for i in range(at_once)]
+        drawn = yield from ledger.ask([Draw(prompt.ids, params, seed) for seed in seeds])
+        texts = [plain_text(engine.tokenizer, one.ids) for one in drawn]
+        scores = [math.nan] * len(texts)
+        if reward is not None:
+            scores = yield from together([reward(prompt, text, ledger) for text in texts])
+        samples += map(Sample, texts, drawn, scores)
+    return samples
+
+
+def number(value: float) -> float | None:
+    """As JSON has it: null for what is no finite number."""
+    return value if math.isfinite(value) else None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from rlalign.config.schema import ModelConfig
-from rlalign.models.load import load_causal_lm, load_tokenizer
+from transformers import AutoConfig
+
+from rlalign.config.schema import ModelConfig, VllmConfig
+from rlalign.models.load import load_causal_lm, load_tokenizer, resolve_model_path
 from rlalign.rollout.search import SearchEngine
 from rlalign.rollout.search_hf import HFSearch
 from rlalign.testtime.errors import DecodeError
 
 BACKENDS = ("hf", "vllm")
+CONTEXT = 4096  # of vLLM, whose cache must hold it, unless the model's is shorter
+GPU_SHARE = 0.8  # of its memory, for vLLM; the rest is for reward models
 
 
 def open_engine(
@@ -19,15 +23,36 @@ def open_engine(
     dtype: str = "float32",
     max_batch_size: int = 256,
     seed: int = 0,
+    max_model_len: int | None = None,
 ) -> SearchEngine:
     """The model in a folder, on the hub, or `mini:<task>` (whose weights `seed` keys), with its
-    tokenizer: by transformers in this process (hf), the exact reference, or by vLLM, the fast one.
+    tokenizer: by transformers in this process (hf), the exact reference, or by vLLM, the fast one,
+    which is to be closed (`with`). `max_model_len` is vLLM's longest sequence; None: the model's
+    own, at most 4096.
 
-    Raises ModelError for a model that cannot be loaded, DecodeError for an unknown backend.
+    Raises ModelError for a model that cannot be loaded, EngineError where vLLM cannot start,
+    DecodeError for an unknown backend.
     """
     if backend not in BACKENDS:
         raise DecodeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
     config = ModelConfig(path=model, dtype=dtype)
     tokenizer = load_tokenizer(config, seed)
-    network = load_causal_lm(config, seed, device)
-    return HFSearch(network, tokenizer, max_batch_size=max_batch_size)
+    if backend == "hf":
+        network = load_causal_lm(config, seed, device)
+        return HFSearch(network, tokenizer, max_batch_size=max_batch_size)
+    from rlalign.rollout.search_vllm import VllmSearch
+
+    folder = resolve_model_path(model, seed)
+    return VllmSearch.open(
+        folder,
+        tokenizer,
+        VllmConfig(max_num_seqs=max_batch_size, gpu_memory_utilization=GPU_SHARE, sleep_mode=False),
+        max_len=max_model_len or _context(folder),
+        dtype=dtype,
+        device=device,
+    )
+
+
+def _context(folder: str) -> int:
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    return min(getattr(config, "max_position_embeddings", None) or CONTEXT, CONTEXT)

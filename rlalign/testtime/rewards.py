@@ -7,11 +7,11 @@ the engine's batches with everything else.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rlalign.config.schema import RewardsConfig, RewardSpec
-from rlalign.rewards.call import Call
+from rlalign.rewards.call import ANSWER_ALIASES, Call
 from rlalign.rewards.registry import make_runners
 from rlalign.rewards.scorer import check_columns
 from rlalign.rewards.verdict import Verdict
@@ -57,6 +57,11 @@ class FunctionReward:
         [self._runner] = make_runners(config, given)
         self._takes = self._runner.start()
 
+    @property
+    def reads_answers(self) -> bool:
+        """Whether the function asks for the `answer` column: its scores know the label."""
+        return bool(self._takes.named & {*ANSWER_ALIASES})
+
     def __call__(self, prompt: Prompt, response: str, ledger: Ledger) -> Search[float]:
         [score] = yield from ledger.ask([Rate(self, prompt, response)])
         return score
@@ -71,8 +76,12 @@ class FunctionReward:
             columns={name: [prompt.row.get(name) for prompt, _ in items] for name in columns},
             prompt_ids=[prompt.id for prompt, _ in items],
         )
-        check_columns(self._runner.name, self._takes, list(columns))
+        self.check(columns)
         return [_value(verdict) for verdict in self._runner.score(call, self._timeout_s)]
+
+    def check(self, columns: Iterable[str]) -> None:
+        """Raises RewardError unless what the function needs is among the columns."""
+        check_columns(self._runner.name, self._takes, list(columns))
 
     def close(self) -> None:
         self._runner.close()

@@ -37,7 +37,7 @@ def write_report(
     scripts = "\n".join(path.read_text() for path in SCRIPTS)
     page = TEMPLATE.read_text().replace("__TREE_SCRIPTS__", scripts)
     # last, so that nothing is looked for in what the samples contain
-    page = page.replace("__DATA__", _embed(collect_data(run_dir, max_samples, max_tree_bytes)))
+    page = page.replace("__DATA__", embed(collect_data(run_dir, max_samples, max_tree_bytes)))
     write_atomic(run_dir.report, page)
     return run_dir.report
 
@@ -115,7 +115,7 @@ def _read_json(path: Path) -> Any:
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def _embed(data: Any) -> str:
+def embed(data: Any) -> str:
     """JSON that is safe inside a <script> element whatever the samples contain."""
     text = json.dumps(data, allow_nan=False)
     return text.replace("<", "\\u003c").replace("\u2028", "\\u2028").replace("\u2029", "\\u2029")

@@ -19,7 +19,7 @@ import copy
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -329,6 +329,74 @@ def requests_of_one_call_may_have_limits_of_their_own(subject: Subject) -> None:
             subject.engine.generate([wrong], params)
 
 
+def requests_of_one_call_may_be_drawn_in_ways_of_their_own(subject: Subject) -> None:
+    """Each as in a call of its own, and the others as the call says."""
+    prompts, call = subject.prompts(6), SamplingParams(24, temperature=0.8, ignore_eos=True)
+    ways = (
+        None,
+        SamplingParams(12, temperature=0.0, ignore_eos=True),
+        SamplingParams(20, temperature=1.3, top_k=5, ignore_eos=True),
+        SamplingParams(20, temperature=1.3, top_p=0.7, ignore_eos=True),
+        None,
+        SamplingParams(31, stop_token_ids=tuple(range(2, subject.vocab, 5))),
+    )
+    requests = [
+        GenerateRequest(f"p{i}", prompt, (i, 50 + i), params=way)
+        for i, (prompt, way) in enumerate(zip(prompts, ways, strict=True))
+    ]
+    found = subject.engine.generate(requests, call)
+    for request, samples in zip(requests, found, strict=True):
+        own = request.params or call
+        [alone] = subject.engine.generate([replace(request, params=None)], own)
+        assert [s.token_ids for s in samples] == [s.token_ids for s in alone]
+        for sample in samples:
+            want = reference_logp(subject.sender, request.token_ids, sample.token_ids, own)
+            torch.testing.assert_close(
+                torch.tensor(sample.logp).double(), want, atol=MAX_LOGP_ERROR, rtol=0
+            )
+    assert {len(sample.token_ids) for sample in found[1]} == {12}
+    limited = replace(requests[1], max_completion_length=5)
+    [[sample, _]] = subject.engine.generate([limited], call)
+    assert sample.token_ids == found[1][0].token_ids[:5] or mask_of(subject.sender) is not None
+    for wrong in (SamplingParams(0), SamplingParams(4, temperature=-1.0)):
+        with pytest.raises(EngineError):
+            subject.engine.generate([requests[0], replace(requests[1], params=wrong)], call)
+
+
+def the_likeliest_tokens_of_each_step_are_told(subject: Subject) -> None:
+    """Of the distribution drawn from, as many as were asked for or there are. What is decided in
+    an order of its own has no steps, and says so."""
+    prompts = subject.prompts(6)
+    call = SamplingParams(16, temperature=0.7, num_top=4, ignore_eos=True)
+    ways = (
+        None, replace(call, temperature=0.0, num_top=2), replace(call, top_k=3, num_top=9),
+        replace(call, num_top=0), replace(call, num_top=subject.vocab + 5), None,
+    )  # fmt: skip
+    requests = [
+        GenerateRequest(f"p{i}", prompt, (i,), params=way)
+        for i, (prompt, way) in enumerate(zip(prompts, ways, strict=True))
+    ]
+    if mask_of(subject.sender) is not None:
+        with pytest.raises(EngineError, match="num_top"):
+            subject.engine.generate(requests, call)
+        return
+    for request, [sample] in zip(requests, subject.engine.generate(requests, call), strict=True):
+        own = request.params or call
+        assert len(sample.top) == (16 if own.num_top else 0)
+        logits_TV = completion_logits(subject.sender, request.token_ids, sample.token_ids, 16)
+        for top, logp_V in zip(sample.top, sampling_logp(logits_TV, own), strict=False):
+            assert len(top) == min(own.num_top, int(logp_V.isfinite().sum()))
+            got = torch.tensor([logp for _, logp in top], dtype=torch.float64)
+            assert got.tolist() == sorted(got.tolist(), reverse=True)
+            want = logp_V[[token for token, _ in top]]
+            torch.testing.assert_close(got, want, atol=MAX_LOGP_ERROR, rtol=0)
+            # None that is left out is likelier than one that is told.
+            assert float(logp_V.topk(len(top)).values[-1] - want.min()) <= MAX_LOGP_ERROR
+            assert len({token for token, _ in top}) == len(top)
+    with pytest.raises(EngineError, match="num_top"):
+        subject.engine.generate(requests[:1], replace(call, num_top=-1))
+
+
 def ignore_eos_draws_to_the_limit(subject: Subject) -> None:
     prompts = subject.prompts(24)
     drawn = subject.one_each(prompts, SamplingParams(MAX_COMPLETION, ignore_eos=True))
@@ -525,6 +593,8 @@ SAMPLING_CHECKS: tuple[Callable[[Subject], None], ...] = (
     completions_end_with_eos_or_at_the_limit,
     eos_on_the_last_allowed_token_is_a_stop,
     requests_of_one_call_may_have_limits_of_their_own,
+    requests_of_one_call_may_be_drawn_in_ways_of_their_own,
+    the_likeliest_tokens_of_each_step_are_told,
     ignore_eos_draws_to_the_limit,
     groups_are_ragged_and_numbered,
     text_is_the_decoded_completion,

@@ -37,7 +37,7 @@ class FakeProcess:
         await self._plan.may_start.wait()
         if self._plan.on_start is not None:
             self._plan.on_start(self)
-        self.ready = {"vocab": 100, "max_len": 50}
+        self.ready = {"vocab": 100, "max_len": 50, "eos_ids": [1]}
 
     def send(self, message: dict[str, Any]) -> None:
         self.sent.append(message)
@@ -116,6 +116,7 @@ class World:
         stall_s: float = 60.0,
         max_requests: int = 1024,
         tokenizer: Any = None,
+        methods: Any = None,
         **quotas: int,
     ) -> None:
         self.plan, self.spool = Plan(), spool
@@ -128,7 +129,7 @@ class World:
             tokenizer.save_pretrained(folder)
         self.texts = Texts(str(folder))
         described = {"model": "fake", "max_loras": max_loras}
-        self.server = RolloutServer(self.host, spool, self.texts, described)
+        self.server = RolloutServer(self.host, spool, self.texts, described, methods=methods)
         self.asgi = self.server.asgi(TOKENS, 2**20, max_requests)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(self.asgi),
@@ -142,6 +143,7 @@ class World:
         async with self.server._lifespan(None), self.http:
             yield self
         await self.host.close()
+        self.server.searches.close()
         self.texts.close()
 
     async def job(self, **body: Any) -> str:

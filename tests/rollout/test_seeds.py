@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from rlalign.rollout.seeds import sample_seed
+from rlalign.rollout.seeds import rain_seed, sample_seed
 
 
 def test_every_field_of_the_key_matters():
@@ -35,3 +35,9 @@ def test_a_prompt_id_cannot_imitate_another_key():
 def test_integers_beyond_64_bits_are_refused():
     with pytest.raises(OverflowError):
         sample_seed(2**63, "p", 0, 0)
+
+
+def test_every_field_of_a_search_s_key_matters():
+    keys = itertools.product(range(2), ("a", "b"), range(3), range(3), range(2), range(3))
+    seeds = {rain_seed(*key) for key in keys}
+    assert len(seeds) == 2 * 2 * 3 * 3 * 2 * 3 and all(0 <= seed < 2**63 for seed in seeds)

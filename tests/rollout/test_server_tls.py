@@ -148,7 +148,7 @@ class TestServer:
         with openai.OpenAI(
             base_url=f"{url}/v1", api_key=server.tokens["generate"], http_client=knowing
         ) as client:
-            assert [model.id for model in client.models.list()] == [str(folder)]
+            assert str(folder) in [model.id for model in client.models.list()]
 
     def test_who_does_not_begin_to_encrypt_disturbs_nobody(self, server, pair):
         host, port = "127.0.0.1", int(server.url.rpartition(":")[2])

@@ -15,7 +15,8 @@ from rlalign.config.schema import VllmConfig
 from rlalign.models.random import write_random_model
 from rlalign.rollout import vllm_start
 from rlalign.rollout.engine import SamplingParams
-from rlalign.rollout.vllm_stream import VllmStream, sequence_logp
+from rlalign.rollout.vllm_requests import scoring, sequence_logp
+from rlalign.rollout.vllm_stream import VllmStream
 
 pytestmark = [
     pytest.mark.xdist_group("vllm"),
@@ -103,7 +104,7 @@ def told(folder: Path) -> tuple[dict[str, Any], int]:
     while stream.unfinished:
         if steps == 9:
             stream.abort(["draw 2", "draw 11"])
-            stream.add("score", list(range(30, 70)), stream.scoring(5))
+            stream.add("score", list(range(30, 70)), scoring(5))
             stream.add("draw 2", [20, 21], stream.sampling(SamplingParams(1), seed=3))
         for output in stream.step():
             said = output.outputs[0]

@@ -45,3 +45,19 @@ def test_tokens_get_their_own_adapter_or_none(places):
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
     untouched = [n for n, place in enumerate(places) if place < 0]
     assert torch.equal(got[untouched], y[untouched])
+
+
+@pytest.mark.parametrize("places", [[0, 2, -1, 2, 0, 1, -1, 1], [2] * 8, [-1] * 8])
+def test_embeddings_get_their_own_adapter_or_none(places):
+    """`x` is already each token's row of its adapter's A, or anything where it has none."""
+    rng = torch.Generator().manual_seed(0)
+    b = torch.randn(PLACES, 1, 6, RANK, generator=rng)
+    x, y = torch.randn(8, RANK, generator=rng), torch.randn(8, 6, generator=rng)
+    want = y.double()
+    for n, place in enumerate(places):
+        if place >= 0:
+            want[n] += b[place, 0].double() @ x[n].double()
+    got = y.clone()
+    wrapper = SimpleNamespace(token_rows=vllm_lora_cpu.Rows(torch.tensor(places)))
+    vllm_lora_cpu._add_lora_embedding(wrapper, got, x, b, True)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)

@@ -33,9 +33,11 @@ from rlalign.rollout.server.doors import Bounds, Doors
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.engine_process import EngineLost
 from rlalign.rollout.server.jobs import Busy, Job, JobError, JobTable
+from rlalign.rollout.server.methods import Methods
 from rlalign.rollout.server.metrics import Metrics
 from rlalign.rollout.server.openai import OpenAi
 from rlalign.rollout.server.page import page
+from rlalign.rollout.server.searches import Searches
 from rlalign.rollout.server.sequences import Sequence, Tally
 from rlalign.rollout.server.streams import as_they_come, outcome
 from rlalign.rollout.server.texts import Texts
@@ -58,7 +60,8 @@ class RolloutServer:
     """The application: an engine, its jobs, and the folder through which weights come.
 
     `spool` is a private folder, best in memory; `texts` has the model's tokenizer; `describe` is
-    told to every client. An update that is uploaded may have `max_weights_bytes`.
+    told to every client. An update that is uploaded may have `max_weights_bytes`. `methods` are
+    models by the name of NAME@METHOD.
     """
 
     def __init__(
@@ -68,13 +71,16 @@ class RolloutServer:
         texts: Texts,
         describe: Mapping[str, Any],
         max_weights_bytes: int = 2**34,
+        methods: Methods | None = None,
     ) -> None:
         self._host, self._spool, self._describe = host, spool, dict(describe)
         self._max_weights_bytes = max_weights_bytes
         self._jobs = JobTable(self._describe["max_loras"])
         self._weights = WeightRoutes(host, self._jobs, spool, max_weights_bytes)
         self._metrics = Metrics(host, self._jobs)
-        self._openai = OpenAi(host, self._jobs, texts, self._describe["model"])
+        self.searches = Searches(host, texts.folder)
+        model = self._describe["model"]
+        self._openai = OpenAi(host, self._jobs, texts, model, self.searches, methods)
         self._freed = asyncio.Event()  # another one each time
         self._endings: set[asyncio.Task[None]] = set()  # of jobs whose lease ran out
         self.probe = secrets.token_hex(16)
@@ -128,6 +134,7 @@ class RolloutServer:
             "max_len": self._host.limits.get("max_len"),
             "waiting": len(self._host.queue),
             "in_flight": self._host.in_flight,
+            "searches": self.searches.running,
             **dataclasses.asdict(self._host.quotas),
             "generated_tokens": self._host.counters.total.generated_tokens,
             "alive": self._host.alive,
@@ -162,20 +169,18 @@ class RolloutServer:
     async def draw(self, request: Request) -> Any:
         body = DrawBody.model_validate_json(await self._body(request))
         job = self._jobs.renew(request.path_params["job"])
-        params, limits = body.params.model_dump(), Limits(**_limits(self._host))
-        limits.check_params(SamplingParams(**params))
-        longest = [
-            item.max_completion_length or body.params.max_completion_length
-            for item in body.requests
-        ]
-        for i, item in enumerate(body.requests):
-            limits.check_ids(item.ids, longest[i], f"request {i}")
+        limits = Limits(**_limits(self._host))
+        limits.check_params(SamplingParams(**body.params.model_dump()))
         wishes, places = [], []
         for i, item in enumerate(body.requests):
-            own = {**params, "max_completion_length": longest[i]}
+            params = item.params or body.params
+            longest = item.max_completion_length or params.max_completion_length
+            own = {**params.model_dump(), "max_completion_length": longest}
+            limits.check_params(SamplingParams(**own))
+            limits.check_ids(item.ids, longest, f"request {i}")
             for j, seed in enumerate(item.seeds):
                 message = {"kind": "draw", "ids": item.ids, "seed": seed, "params": own}
-                wishes.append((message, len(item.ids) + longest[i]))
+                wishes.append((message, len(item.ids) + longest))
                 places.append((i, j))
         sequences = dict(zip(self._host.submit(job.id, wishes), places, strict=True))
         return Stream(self._lines(sequences), lambda: self._host.cancel(sequences))

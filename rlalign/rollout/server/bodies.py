@@ -74,12 +74,14 @@ class Params(Body):
     top_k: Annotated[int, Field(ge=0, lt=2**31)] = 0
     stop_token_ids: Annotated[TokenIds, Field(max_length=1000)] = []
     ignore_eos: bool = False
+    num_top: Annotated[int, Field(ge=0, lt=2**31)] = 0
 
 
 class Prompt(Body):
     ids: Annotated[TokenIds, Field(min_length=1)]
     seeds: Annotated[list[Seed], Wrong, Field(min_length=1, max_length=MAX_SEQUENCES)]
     max_completion_length: Length | None = None  # None: as in Params
+    params: Params | None = None  # None: those of the call
 
 
 class DrawBody(Body):

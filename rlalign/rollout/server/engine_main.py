@@ -6,6 +6,7 @@ in whatever has arrived, so sequences of any job join the running batch at once.
     {"kind": "draw", "job": "a", "seq": 7, "ids": [..], "seed": 3, "params": {..}}    one sequence;
                                              with "partial": true, its tokens are told as they come
     {"kind": "score", "job": "a", "seq": 8, "ids": [..]}
+    {"kind": "choose" | "latents" | "ascend", "job": "a", "seq": 9, ..}       search_messages.py
     {"kind": "abort", "seqs": [7]}
     {"kind": "update", "job": "a", "source": {..}, "version": 4, "in_flight": "wait"}
                                              rlalign.rollout.channels; null: the model folder's own
@@ -28,14 +29,13 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 ALIVE_S = 2.0  # between two signs of life
 IDLE_S = 1.0  # between two looks at the socket while nothing runs
 TELL_S = 0.05  # between two partial messages: it reads as a flow; 0.01 costs twice as much
-CONTINUED = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of continuations are far apart
 
 
 def main() -> None:
@@ -54,8 +54,9 @@ def main() -> None:
         stream = start(setup)
     except EngineError as error:
         return channel.send({"kind": "broken", "error": str(error)})
-    limits = stream.limits
-    channel.send({"kind": "ready", "max_len": limits.max_len, "vocab": limits.vocab})
+    limits, eos_ids = stream.limits, sorted(stream.eos_ids)
+    ready = {"max_len": limits.max_len, "vocab": limits.vocab, "eos_ids": eos_ids}
+    channel.send({"kind": "ready", **ready})
     try:
         Engine(channel, stream, Receiver(setup["device"])).run()
     except EOFError:  # the server is gone
@@ -100,8 +101,12 @@ class Running:
     told: int = 0  # tokens, in partial messages
 
     @property
-    def scored(self) -> bool:
-        return self.message["kind"] == "score"
+    def is_drawn(self) -> bool:
+        return self.message["kind"] == "draw"
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.ids, self.logp, self.spans = [], [], []
 
     @property
     def known(self) -> int:
@@ -158,6 +163,8 @@ class Engine:
                 return self._update(message)
             if kind == "adapt":
                 return self._adapt(message)
+            if kind == "ascend":
+                return self._climb(message)
             self._add(message["seq"], Running(message, self._adapters.get(message["job"])))
         except EngineError as error:
             self._stream.check_usable()  # raises where vLLM's state is lost
@@ -223,7 +230,7 @@ class Engine:
         finally:
             for seq in seqs:
                 running = self._pop(seq)
-                if ends and not running.scored and running.message["job"] == message["job"]:
+                if ends and running.is_drawn and running.message["job"] == message["job"]:
                     self._send_drawn(seq, running, "abort")
                 else:
                     self._add(seq, running)
@@ -246,27 +253,25 @@ class Engine:
                 self._unload(self._pop(seq).adapter)
 
     def _add(self, seq: int, running: Running) -> None:
-        from rlalign.rollout.engine import SamplingParams
+        from rlalign.rollout.server.engine_requests import for_vllm
 
-        stream, message = self._stream, running.message
-        ids, drawn = message["ids"], len(running.ids)
-        running.before = drawn
-        if running.scored:
-            stream.limits.check_ids(ids, 0, "the sequence to score")
-            ids, params = ids[:-1], stream.scoring(ids[-1])
-        else:
-            wanted = SamplingParams(**message["params"])
-            stream.limits.check_params(wanted)
-            stream.limits.check_ids(ids, wanted.max_completion_length, "the prompt")
-            stream.limits.check_seeds([message["seed"]], "the request")
-            left = replace(wanted, max_completion_length=wanted.max_completion_length - drawn)
-            # Other random numbers than those that the first tokens were drawn with.
-            seed = (message["seed"] + drawn * CONTINUED) % 2**63
-            ids, params = [*ids, *running.ids], stream.sampling(left, seed)
-        stream.add(str(seq), ids, params, running.adapter)
+        message = running.message
+        if message.get("params", {}).get("num_top"):
+            running.forget()  # the likeliest tokens of its first steps are nowhere any more
+        running.before = len(running.ids)
+        ids, params = for_vllm(self._stream, message, running.ids)
+        self._stream.add(str(seq), ids, params, running.adapter)
         self._running[seq] = running
         if message.get("partial"):
             self._partial.add(seq)
+
+    def _climb(self, message: dict[str, Any]) -> None:
+        """A step of latents: at once, as vLLM has no part in it."""
+        from rlalign.rollout.server.engine_requests import climbed
+
+        adapter = self._adapters.get(message["job"])
+        done = climbed(self._stream, message, adapter)
+        self._channel.send({"kind": "done", "seq": message["seq"], **done})
 
     def _pop(self, seq: int) -> Running:
         self._partial.discard(seq)
@@ -274,7 +279,7 @@ class Engine:
 
     def _look(self, seq: int, running: Running) -> None:
         """Take in what a running sequence has drawn."""
-        if not running.scored:
+        if running.is_drawn:
             ids, logp = self._stream.drawn(str(seq), running.known)
             running.take_in(ids, logp, self._version(running.adapter))
 
@@ -294,27 +299,34 @@ class Engine:
             self._channel.send({"kind": "partial", "news": news})
 
     def _give(self, output: Any) -> None:
-        from rlalign.rollout.vllm_stream import sequence_logp
+        from rlalign.rollout.engine import EngineError
+        from rlalign.rollout.server.engine_requests import read_output
+        from rlalign.rollout.vllm_requests import drawn_top, sampled_logp
 
         seq = int(output.request_id)
         running = self._pop(seq)
         self._unload(running.adapter)
-        if running.scored:
-            return self._send_done(seq, sequence_logp(output))
+        if not running.is_drawn:
+            try:
+                done = read_output(self._stream, running.message, output)
+            except EngineError as error:
+                return self._channel.send(failed(seq) | {"error": str(error)})
+            return self._channel.send({"kind": "done", "seq": seq, **done})
         completion = output.outputs[0]
-        ids, logp = completion.token_ids, completion.logprobs.logprobs
+        ids, logp = completion.token_ids, sampled_logp(completion.logprobs)
         known, version = running.known, self._version(running.adapter)
         running.take_in(ids[known:], logp[known:], version)
-        self._send_drawn(seq, running, completion.finish_reason)
+        top = drawn_top(completion) if running.message["params"].get("num_top") else ()
+        self._send_drawn(seq, running, completion.finish_reason, top)
 
-    def _send_drawn(self, seq: int, running: Running, finish: str) -> None:
-        self._send_done(seq, running.logp, ids=running.ids, spans=running.spans, finish=finish)
-
-    def _send_done(self, seq: int, logp: list[float], **drawn: Any) -> None:
-        if math.isfinite(sum(logp)):
-            return self._channel.send({"kind": "done", "seq": seq, "logp": logp, **drawn})
-        error = "the model's logits are not finite: the weights diverged"
-        self._channel.send(failed(seq) | {"error": error})
+    def _send_drawn(self, seq: int, running: Running, finish: str, top: Any = ()) -> None:
+        if not math.isfinite(sum(running.logp)):
+            error = "the model's logits are not finite: the weights diverged"
+            return self._channel.send(failed(seq) | {"error": error})
+        done = {"ids": running.ids, "logp": running.logp, "spans": running.spans, "finish": finish}
+        if top:
+            done["top"] = top
+        self._channel.send({"kind": "done", "seq": seq, **done})
 
 
 def failed(seq: int) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 policy that is being trained.
 
 A model is the served one, under whatever weights a full job has given it, or a job with an
-adapter. What names no job shares the engine with the jobs as one more of them.
+adapter. What names no job shares the engine with the jobs as one more of them. NAME@METHOD is a
+test-time method on one of them (openai_search.py).
 """
 
 from __future__ import annotations
@@ -23,10 +24,13 @@ from rlalign.rollout.server.answers import UnknownModel
 from rlalign.rollout.server.connected import Stream
 from rlalign.rollout.server.engine_host import EngineHost
 from rlalign.rollout.server.jobs import JobTable
+from rlalign.rollout.server.methods import SEPARATOR, Methods
 from rlalign.rollout.server.openai_bodies import ChatBody, CompletionBody
 from rlalign.rollout.server.openai_format import ChatFormat, Choice, CompletionFormat, Format
+from rlalign.rollout.server.openai_search import SearchedAnswers
 from rlalign.rollout.server.openai_stream import events
-from rlalign.rollout.server.sequences import Sequence
+from rlalign.rollout.server.searches import Lease, Searches
+from rlalign.rollout.server.sequences import Refused, Sequence
 from rlalign.rollout.server.streams import as_they_come, outcome
 from rlalign.rollout.server.texts import Texts
 
@@ -36,28 +40,44 @@ JOB = "openai"  # in the queue; no lease has such an id
 class OpenAi:
     """The handlers. `model` is the name of the served model."""
 
-    def __init__(self, host: EngineHost, jobs: JobTable, texts: Texts, model: str) -> None:
+    def __init__(
+        self,
+        host: EngineHost,
+        jobs: JobTable,
+        texts: Texts,
+        model: str,
+        searches: Searches,
+        methods: Methods | None,
+    ) -> None:
         self._host, self._jobs, self._texts, self._model = host, jobs, texts, model
+        self._methods = methods
+        self._searched = None if methods is None else SearchedAnswers(searches, methods)
         self._began = int(time.time())
 
     async def models(self, request: Request) -> Any:
-        return {"object": "list", "data": [self._described(name) for name in self._names()]}
+        methods = [] if self._methods is None else self._methods.names()
+        names = self._names()
+        searched = [f"{name}{SEPARATOR}{method}" for name in names for method in methods]
+        return {"object": "list", "data": [self._described(name) for name in names + searched]}
 
     async def retrieve(self, request: Request) -> Any:
         model = request.path_params["model"]
-        self._job(model)
+        self._job(self._parts(model)[0])
         return self._described(model)
 
     async def completions(self, request: Request) -> Any:
         body = CompletionBody.model_validate_json(await request.body())
         texts = [prompt for prompt in body.prompt if isinstance(prompt, str)]
         encoded = iter(await self._texts.encode(texts) if texts else ())
-        prompts = [next(encoded) if isinstance(p, str) else p for p in body.prompt]
+        prompts: list[tuple[list[int], str | None]] = [
+            (next(encoded), p) if isinstance(p, str) else (p, None) for p in body.prompt
+        ]
         return await self._answer(request, body, prompts, CompletionFormat(body.model))
 
     async def chat(self, request: Request) -> Any:
         body = ChatBody.model_validate_json(await request.body())
-        prompt = await self._texts.encode_chat([message.plain for message in body.messages])
+        messages = [message.plain for message in body.messages]
+        prompt = await self._texts.encode_chat(messages), messages[-1]["content"]
         return await self._answer(request, body, [prompt], ChatFormat(body.model))
 
     # --- what they stand on ----------------------------------------------------------------------
@@ -66,10 +86,29 @@ class OpenAi:
         self,
         request: Request,
         body: CompletionBody | ChatBody,
+        prompts: list[tuple[list[int], str | None]],
+        form: Format,
+    ) -> Response | dict[str, Any]:
+        name, method = self._parts(body.model)
+        job = self._job(name)
+        if method and self._searched is not None:
+            lease = Lease(job, lambda: job == JOB or self._jobs.get(job))
+            return await self._searched.answer(request, body, lease, method, prompts, form)
+        if body.testtime is not None:
+            raise Refused(
+                f"testtime goes with a method in the model's name: {name}{SEPARATOR}METHOD"
+            )
+        return await self._plain(request, body, job, [ids for ids, _ in prompts], form)
+
+    async def _plain(
+        self,
+        request: Request,
+        body: CompletionBody | ChatBody,
+        job: str,
         prompts: list[list[int]],
         form: Format,
     ) -> Response | dict[str, Any]:
-        sequences = self._submit(body, prompts)
+        sequences = self._submit(body, job, prompts)
         prompt_tokens = sum(map(len, prompts))
         if body.stream:
             told = events(self._host, self._texts, form, body, sequences, prompt_tokens)
@@ -91,10 +130,11 @@ class OpenAi:
             choices.append(Choice(i, text, logp, finish, version))
         return form.whole(choices, prompt_tokens, tokens)
 
-    def _submit(self, body: CompletionBody | ChatBody, prompts: list[list[int]]) -> list[Sequence]:
-        """Queue `n` sequences of each prompt. Raises UnknownModel, EngineError for what the engine
-        cannot do, and TooMany."""
-        job = self._job(body.model)
+    def _submit(
+        self, body: CompletionBody | ChatBody, job: str, prompts: list[list[int]]
+    ) -> list[Sequence]:
+        """Queue `n` sequences of each prompt. Raises EngineError for what the engine cannot do, and
+        TooMany."""
         limits = Limits(self._host.limits["vocab"], self._host.limits["max_len"])
         seed = secrets.randbits(63) if body.seed is None else body.seed
         ready = []
@@ -112,6 +152,13 @@ class OpenAi:
                 ready.append(({**message, "seed": sample_seed(seed, str(i), j, 0)}, longest))
         return self._host.submit(job, [(m, len(m["ids"]) + longest) for m, longest in ready])
 
+    def _parts(self, model: str) -> tuple[str, str]:
+        """The model's own name, and the method's; empty: none."""
+        name, _, method = model.rpartition(SEPARATOR)
+        ours = self._methods is not None and self._methods.knows(method)
+        named = {self._model, *(x for job in self._jobs for x in (job.id, job.name))}
+        return (name, method) if ours and model not in named else (model, "")
+
     def _job(self, model: str) -> str:
         """Under which job's name a request for `model` runs. Raises UnknownModel with those there
         are."""
@@ -123,7 +170,15 @@ class OpenAi:
         if len(found) == 1:
             return found[0].id
         what = f"{len(found)} jobs are called" if found else "there is no model"
-        raise UnknownModel(f"{what} {model!r}; choose one of {', '.join(self._names())}")
+        methods = "" if self._methods is None else ", ".join(self._methods.names())
+        raise UnknownModel(
+            f"{what} {model!r}; choose one of {', '.join(self._names())}"
+            + (
+                f", alone or as NAME{SEPARATOR}METHOD, with METHOD one of {methods}"
+                if methods
+                else ""
+            )
+        )
 
     def _described(self, model: str) -> dict[str, Any]:
         return {"id": model, "object": "model", "created": self._began, "owned_by": "rlalign"}

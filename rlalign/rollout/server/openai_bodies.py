@@ -24,7 +24,8 @@ class StreamOptions(Body):
 
 
 class OpenAiBody(Body):
-    """What both routes share. `top_k`, `stop_token_ids` and `ignore_eos` are the engine's own."""
+    """What both routes share. `top_k`, `stop_token_ids` and `ignore_eos` are the engine's own, and
+    `testtime` the options of the method in a model's name (methods.py)."""
 
     model: Annotated[str, Field(min_length=1)]
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] = 1
@@ -38,6 +39,7 @@ class OpenAiBody(Body):
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
+    testtime: dict[str, Any] | None = None
 
     @model_validator(mode="before")
     @classmethod

@@ -28,7 +28,8 @@ def refusal(status: int, reason: str) -> dict[str, Any]:
 @dataclass(frozen=True)
 class Choice:
     """A choice, or what one event of a stream adds to it: then `offset` is how many characters went
-    before, and all but the last have no `finish`. `version` is that of the last token drawn."""
+    before, and all but the last have no `finish`. `version` is that of the last token drawn,
+    `testtime` how the search for it goes or went."""
 
     index: int
     text: Text
@@ -36,6 +37,7 @@ class Choice:
     finish: str | None
     version: int | None
     offset: int = 0
+    testtime: dict[str, Any] | None = None
 
 
 class Format:
@@ -51,23 +53,22 @@ class Format:
             "model": model,
         }  # fmt: skip
 
-    def whole(
-        self, choices: list[Choice], prompt_tokens: int, completion_tokens: int
-    ) -> dict[str, Any]:
+    def whole(self, choices: list[Choice], *tokens: int) -> dict[str, Any]:
+        """`tokens` as `usage` takes them."""
         return {
             **self._head,
             "object": self.object,
             "choices": [self._choice(choice) for choice in choices],
-            "usage": _usage(prompt_tokens, completion_tokens),
+            "usage": usage(*tokens),
         }
 
     def parts(self, choice: Choice) -> list[dict[str, Any]]:
         """The events of a stream for what is new of a choice."""
         return [self._part([added]) for added in self._added(choice)]
 
-    def last(self, prompt_tokens: int, completion_tokens: int) -> dict[str, Any]:
+    def last(self, *tokens: int) -> dict[str, Any]:
         """A stream's last event, where its usage is wanted."""
-        return {**self._part([]), "usage": _usage(prompt_tokens, completion_tokens)}
+        return {**self._part([]), "usage": usage(*tokens)}
 
     def _part(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {**self._head, "object": self.object_part, "choices": choices}
@@ -79,6 +80,7 @@ class Format:
             "logprobs": None if choice.logp is None else self._logprobs(choice, choice.logp),
             "finish_reason": choice.finish,
             "policy_version": choice.version,
+            **({} if choice.testtime is None else {"testtime": choice.testtime}),
         }
 
     def _added(self, choice: Choice) -> list[dict[str, Any]]:
@@ -139,8 +141,15 @@ class ChatFormat(Format):
         return added
 
 
-def _usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    return {
+def usage(
+    prompt_tokens: int, completion_tokens: int, hidden_tokens: int | None = None
+) -> dict[str, Any]:
+    """`hidden_tokens` of the completion's were generated and are not in the answer: OpenAI calls
+    them reasoning."""
+    counts: dict[str, Any] = {
         "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens,
         "total_tokens": prompt_tokens + completion_tokens,
     }  # fmt: skip
+    if hidden_tokens is not None:
+        counts["completion_tokens_details"] = {"reasoning_tokens": hidden_tokens}
+    return counts

@@ -31,6 +31,7 @@ from rlalign.rollout.server.connection import (
 )
 from rlalign.rollout.server.doors import make_tokens
 from rlalign.rollout.server.engine_host import EngineHost
+from rlalign.rollout.server.methods import Methods
 from rlalign.rollout.server.quotas import Quotas
 from rlalign.rollout.server.texts import Texts
 from rlalign.rollout.server.tls import Tls, load_tls
@@ -45,9 +46,13 @@ DRAIN_S = 4  # what requests in flight have left when the server is told to stop
 LAST_WORDS_S = 2  # and to be told so
 
 
-def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = None) -> None:
+def serve(
+    config: ServeConfig,
+    on_ready: Callable[[str, Path], None] | None = None,
+    methods: Methods | None = None,
+) -> None:
     """Serve `config.model` until SIGINT or SIGTERM; `on_ready` is told the URL and the connection
-    file once requests are taken.
+    file once requests are taken. `methods` are models by the name of NAME@METHOD.
 
     Raises ConfigError for an address that others can reach without TLS and for a certificate that
     cannot be used, ConnectionFileError where another server has the name, and EngineLost where the
@@ -59,7 +64,7 @@ def serve(config: ServeConfig, on_ready: Callable[[str, Path], None] | None = No
         stack.enter_context(sole_server(connection_path(config.name)))
         listener = stack.enter_context(_listen(config))
         spool = Path(stack.enter_context(_spool()))
-        asyncio.run(_run(config, listener, tls, spool, on_ready))
+        asyncio.run(_run(config, listener, tls, spool, on_ready, methods))
 
 
 async def _run(
@@ -68,6 +73,7 @@ async def _run(
     tls: Tls | None,
     spool: Path,
     on_ready: Callable[[str, Path], None] | None,
+    methods: Methods | None,
 ) -> None:
     device = config.device
     if device == "auto":
@@ -100,7 +106,7 @@ async def _run(
         if started.done():
             started.result()
             await _listen_until_stopped(
-                config, host, texts, listener, tls, spool, stopped, on_ready
+                config, host, texts, methods, listener, tls, spool, stopped, on_ready
             )
     finally:
         texts.close()
@@ -113,6 +119,7 @@ async def _listen_until_stopped(
     config: ServeConfig,
     host: EngineHost,
     texts: Texts,
+    methods: Methods | None,
     listener: socket.socket,
     tls: Tls | None,
     spool: Path,
@@ -124,7 +131,8 @@ async def _listen_until_stopped(
         "model": config.model, "dtype": config.dtype, "name": config.name,
         "max_loras": config.vllm.max_loras, "max_lora_rank": config.vllm.max_lora_rank,
     }  # fmt: skip
-    rollouts = RolloutServer(host, spool, texts, described, config.max_weights_mib * 2**20)
+    max_weights = config.max_weights_mib * 2**20
+    rollouts = RolloutServer(host, spool, texts, described, max_weights, methods)
     server = _Server(
         uvicorn.Config(
             rollouts.asgi(tokens, config.max_body_mib * 2**20, config.max_requests),
@@ -150,6 +158,7 @@ async def _listen_until_stopped(
         await server.serve(sockets=[listener])
     finally:
         closing.cancel()
+        rollouts.searches.close()
         with contextlib.suppress(FileNotFoundError):
             path.unlink()
 

@@ -35,8 +35,9 @@ class Texts:
     """The tokenizer in the folder `model`; close it in the end."""
 
     def __init__(self, model: str) -> None:
+        self.folder = model
         self._thread = ThreadPoolExecutor(1, "tokenizer")
-        self._loading = self._thread.submit(_load, model)
+        self._loading = self._thread.submit(load_tokenizer, model)
 
     async def encode(self, prompts: Sequence[str]) -> list[list[int]]:
         """Token ids of bare texts, with what the tokenizer adds by itself."""
@@ -178,7 +179,7 @@ def _encode_chat(tokenizer: Any, messages: list[dict[str, str]]) -> list[int]:
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _load(model: str) -> Any:
+def load_tokenizer(model: str) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)
