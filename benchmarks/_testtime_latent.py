@@ -47,7 +47,7 @@ from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward, Reward
 
 SPEED, FORWARDS, GAIN = 20.0, 50.0, 0.05  # bars
-LENGTH, STEPS = 300, 3
+LENGTH, STEPS = 300, 2
 LOOP = {"rho": 0.2, "lr": 0.1, "max_steps": STEPS, "max_new_tokens": LENGTH}
 MINI = {"rho": 0.5, "lr": 0.1, "max_steps": 10, "max_new_tokens": 64}  # configs/latent_seek/mini
 VOTERS = 4
