@@ -50,6 +50,24 @@ class Decoder(Protocol):
         ...
 
 
+class RewindingDecoder(Decoder, Protocol):
+    """One that reads several tokens at once and takes them back."""
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `rewind` works for this model."""
+        ...
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append N tokens to every row; logits after each, [B, N, V]."""
+        ...
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Row i forgets its last `counts[i]` tokens, all of them appended since the last `rewind`
+        or `keep`."""
+        ...
+
+
 @dataclass(slots=True)
 class Row:
     """One completion in the making."""
