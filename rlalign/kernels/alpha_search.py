@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**19  # of a temporary: it stays in a core's cache
-ROUNDING = 16  # divergences below so many epsilons are none: an expert that is its own base
+ROUNDING = 16  # a divergence below so many epsilons of the logits is none
 FIRST_GUESS = 1.0  # the strength at which a large model that is the small one moves as the expert
 
 
@@ -74,27 +74,36 @@ def measure(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
 
 
 def search(
-    large_BV: Tensor, moves: Sequence[Move], strengths: Sequence[float], *, joint: bool = False
+    large_BV: Tensor,
+    moves: Sequence[Move],
+    strengths: Sequence[float],
+    *,
+    joint: bool = False,
+    backend: str = "auto",
 ) -> Choice:
     """The first minimiser of L in scan order: expert by expert and `strengths` (ascending, at
     least 0) in order; of `joint` the pairs in order, the last expert's changing fastest.
 
-    Nothing is remembered from one call to the next. Experts that moved by no more than rounding
-    leave the large model at the first strength.
+    Nothing is remembered from one call to the next. Experts that did not move leave the large model
+    at the first strength. `backend`: "torch" looks at the strengths within the bracket, "triton" at
+    all of them in one pass (single precision, one expert acting); "auto" is the latter on a GPU.
     """
     targets_T2B = torch.stack([move.moved_2B for move in moves])
     finite_B = large_BV.amax(-1).isfinite() & targets_T2B.isfinite().all(0).all(0)
     target_2B = targets_T2B.mean(0)
     spread_B = (targets_T2B - target_2B).square().sum((0, 1))
-    noise = ROUNDING * torch.finfo(large_BV.dtype).eps
-    moving = (finite_B & (target_2B > noise).any(0)).nonzero()[:, 0]
+    moving = (finite_B & (target_2B > 0).any(0)).nonzero()[:, 0]
     alpha_BT = large_BV.new_zeros(len(large_BV), len(moves))
     alpha_BT[finite_B, 0] = strengths[0]
     loss_B = torch.zeros_like(spread_B)
+    if backend == "auto":
+        backend = "triton" if large_BV.is_cuda and large_BV.dtype == torch.float32 else "torch"
     scan = _scan_pairs if joint else _scan_experts
     if len(moving):
         large, deltas = _take(large_BV, moving), [_take(m.delta_BV, moving) for m in moves]
-        alpha_BT[moving], loss_B[moving] = scan(large, deltas, target_2B[:, moving], strengths)
+        alpha_BT[moving], loss_B[moving] = scan(
+            large, deltas, target_2B[:, moving], strengths, backend
+        )
     return Choice(alpha_BT, len(moves) * loss_B + spread_B, finite_B)
 
 
@@ -119,10 +128,11 @@ def tilt(
     None: all), [2, K]."""
     out_2K = large_BV.new_empty(2, len(alpha_K))
     size = _block_size(large_BV)
-    whole = rows_K is None or len(rows_K) == len(large_BV)
+    if rows_K is not None and len(rows_K) == len(large_BV):
+        rows_K = None
     for at in range(0, len(alpha_K), size):
         block = slice(at, at + size)
-        if whole:
+        if rows_K is None:
             large, delta = large_BV[block], delta_BV[block]
         else:
             large, delta = (x.index_select(0, rows_K[block]) for x in (large_BV, delta_BV))
@@ -147,7 +157,7 @@ def _measure(small_BV: Tensor, expert_BV: Tensor, delta_BV: Tensor) -> Tensor:
     forward_B, backward_B = (
         torch.linalg.vecdot(x, delta_BV) / total for x, total in zip(weight, total_2B, strict=True)
     )
-    return torch.stack([forward_B, -backward_B])
+    return _beyond_rounding(torch.stack([forward_B, -backward_B]), torch.stack(lse_2B))
 
 
 def _bounded(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
@@ -161,18 +171,30 @@ def _bounded(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
     forward_B = (expert_BV.exp() * delta_BV).sum(-1)
     backward_B = -(small_BV.exp() * delta_BV).sum(-1)
     bounded_B = (out_of_small ^ out_of_expert).sum(-1)
-    return Move(delta_BV, torch.stack([forward_B, backward_B]), bounded_B)
+    moved_2B = torch.stack([forward_B, backward_B])
+    return Move(delta_BV, _beyond_rounding(moved_2B, torch.zeros_like(moved_2B)), bounded_B)
+
+
+def _beyond_rounding(moved_2B: Tensor, lse_2B: Tensor) -> Tensor:
+    """Divergences, 0 where they are what rounding of logits of this size makes of 0: an expert that
+    is its base, whatever was added to its logits."""
+    noise_2B = ROUNDING * torch.finfo(moved_2B.dtype).eps * (1 + lse_2B.abs().amax(0))
+    return torch.where(moved_2B < noise_2B, 0, moved_2B)
 
 
 def _scan_experts(
-    large_KV: Tensor, deltas: Sequence[Tensor], target_2K: Tensor, strengths: Sequence[float]
+    large_KV: Tensor,
+    deltas: Sequence[Tensor],
+    target_2K: Tensor,
+    strengths: Sequence[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Strengths [K, T] and squared distance to the target [K], where one expert acts."""
     grid_N = large_KV.new_tensor(strengths)
     best_K = torch.full_like(target_2K[0], math.inf)
     alpha_KT = large_KV.new_zeros(len(large_KV), len(deltas))
     for t, delta_KV in enumerate(deltas):
-        index_K, loss_K = _scan(large_KV, delta_KV, target_2K, grid_N)
+        index_K, loss_K = _scan(large_KV, delta_KV, target_2K, grid_N, backend)
         better_K = loss_K < best_K
         best_K = torch.where(better_K, loss_K, best_K)
         alpha_KT[better_K] = 0
@@ -181,10 +203,10 @@ def _scan_experts(
 
 
 def _scan(
-    large_KV: Tensor, delta_KV: Tensor, target_2K: Tensor, grid_N: Tensor
+    large_KV: Tensor, delta_KV: Tensor, target_2K: Tensor, grid_N: Tensor, backend: str
 ) -> tuple[Tensor, Tensor]:
     """The index of the first minimiser of one direction, and its squared distance."""
-    if large_KV.is_cuda:
+    if backend == "triton":
         from rlalign.kernels.alpha_search_triton import tilt_grid
 
         start_2K1, moved_2KN = tilt_grid(large_KV, delta_KV, grid_N).split([1, len(grid_N)], -1)
@@ -257,7 +279,11 @@ def _next(
 
 
 def _scan_pairs(
-    large_KV: Tensor, deltas: Sequence[Tensor], target_2K: Tensor, strengths: Sequence[float]
+    large_KV: Tensor,
+    deltas: Sequence[Tensor],
+    target_2K: Tensor,
+    strengths: Sequence[float],
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
     """As `_scan_experts`, both experts acting."""
     first_KV, second_KV = deltas

@@ -199,7 +199,14 @@ def _draw_alike(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.devi
             row.finish_reason = FINISH_LENGTH
 
 
-def survivors(rows: Sequence[Row]) -> list[int]:
+class Ending(Protocol):
+    """A row, as far as its end matters."""
+
+    @property
+    def finish_reason(self) -> str: ...
+
+
+def survivors(rows: Sequence[Ending]) -> list[int]:
     """Indices of the unfinished rows, the last of them in the gaps: few rows change place."""
     alive = [i for i, row in enumerate(rows) if not row.finish_reason]
     movers = [i for i in alive if i >= len(alive)]
