@@ -85,7 +85,7 @@ def trained(seed, hidden, *, expert):
     if expert:
         phases.append(WarmStart("one", 25, 3e-3, 5e-3, strides(1)))
     recipe = MiniModel(
-        tuple(phases), hidden=hidden, layers=2, mlp=2 * hidden, max_positions=64, batch_size=32
+        tuple(phases), hidden=hidden, layers=2, mlp=2 * hidden, max_positions=64, batch_size=24
     )
     task = MiniTask("strides", lambda *_: [], lambda *_: False, recipe)
     return Member(warm_start(task, seed, TOKENIZER), TOKENIZER)
