@@ -77,12 +77,17 @@ def _grown(used: Tensor, like: Tensor, length: int) -> Tensor:
 
 
 class CacheDecoder:
-    """`Decoder` (see decoding.py) over `model`, any HF causal LM, PEFT adapters included."""
+    """`Decoder` (see decoding.py) over `model`, any HF causal LM, PEFT adapters included.
+
+    With `adapters`, names of those of a PeftModel, rows come in as many equal parts, each of which
+    is read by its own.
+    """
 
     refills = False
 
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
+    def __init__(self, model: nn.Module, pad_id: int, adapters: Sequence[str] = ()) -> None:
         self._model = model
+        self._adapters = adapters
         self._pad_id = pad_id
         self._device = next(model.parameters()).device
         self._options = _supported_options(model)
@@ -146,6 +151,9 @@ class CacheDecoder:
             options["position_ids"] = position_BT[:, -ids_BT.shape[1] :]
         if "logits_to_keep" in self._options:
             options["logits_to_keep"] = count
+        if self._adapters:
+            share = len(ids_BT) // len(self._adapters)
+            options["adapter_names"] = [name for name in self._adapters for _ in range(share)]
         output = self._model(
             input_ids=ids_BT,
             attention_mask=self._mask_BT,

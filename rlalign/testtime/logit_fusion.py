@@ -123,14 +123,15 @@ def decode(fused: FusedModel, waiting: Sequence[Row], cfg: FusionConfig) -> Iter
         while queue or rows:
             entering = _entering(queue, len(rows), fused.max_batch_size, step.refills)
             if entering:
-                logits = step.admit([[prompt.ids for prompt in row.prompts] for row in entering])
+                ids = [[prompt.ids for prompt in row.prompts] for row in entering]
+                logits = torch.stack(step.admit(ids))
                 for row in entering:
                     row.ledger = new_ledger(cfg)
                     row.ledger.num_prefill_tokens = sum(len(p.ids) for p in row.prompts)
                 rows += entering
                 _advance(entering, logits, [[] for _ in entering], cfg, strengths, fused)
             else:
-                logits, drafts = _read(step, rows, cfg)
+                logits, drafts = _read(step, rows, cfg, len(fused.members))
                 kept = _advance(rows, logits, drafts, cfg, strengths, fused)
                 step.rewind([len(draft) - n for draft, n in zip(drafts, kept, strict=True)])
             if any(row.finish_reason for row in rows):
@@ -147,7 +148,9 @@ def grid(cfg: FusionConfig) -> list[float]:
     return [round(cfg.alpha_min + i * step, 10) for i in range(count + 1)]
 
 
-def _read(step: LockStep, rows: Sequence[Row], cfg: FusionConfig) -> tuple[Tensor, list[list[int]]]:
+def _read(
+    step: LockStep, rows: Sequence[Row], cfg: FusionConfig, num_models: int
+) -> tuple[Tensor, list[list[int]]]:
     """Append the last token of every row, and what the first expert goes on with, in every model:
     logits [models, B, K, V] and the drafts."""
     last = [[row.tokens[-1]] for row in rows]
@@ -161,7 +164,7 @@ def _read(step: LockStep, rows: Sequence[Row], cfg: FusionConfig) -> tuple[Tenso
     own: list[Tensor] = []
     tokens = last
     for place in range(ahead + 1 if ahead else 0):
-        own.append(step.read(DRAFTER, tokens))
+        own.append(step.read(tokens, [DRAFTER])[DRAFTER])
         if place < ahead:
             seed_B = own[-1].new_tensor([row.seeds[1] for row in rows], dtype=torch.long)
             step_B = seed_B.new_tensor([len(row.tokens) + place for row in rows])
@@ -170,11 +173,11 @@ def _read(step: LockStep, rows: Sequence[Row], cfg: FusionConfig) -> tuple[Tenso
             for draft, new in zip(drafts, tokens, strict=True):
                 draft += new
     whole = [[*token, *draft] for token, draft in zip(last, drafts, strict=True)]
-    logits = [
-        torch.cat(own, 1) if own and model == DRAFTER else step.read(model, whole)
-        for model in range(step.num_models)
-    ]
-    return torch.stack(logits), drafts
+    others = [model for model in range(num_models) if model != DRAFTER or not own]
+    found = step.read(whole, others)
+    if own:
+        found[DRAFTER] = torch.cat(own, 1)
+    return torch.stack([found[model] for model in range(num_models)]), drafts
 
 
 def _advance(
@@ -293,6 +296,6 @@ def _check(cfg: FusionConfig, fused: FusedModel) -> None:
 def _check_rewinds(cfg: FusionConfig, step: LockStep) -> None:
     if cfg.speculate and not step.rewinds:
         raise DecodeError(
-            "speculate needs models that can take tokens back; one of these has a window or a "
-            "recurrent state: leave it out"
+            "speculate needs models that can take tokens back; one of these has a window, a "
+            "recurrent state, or shares its weights with another by adapters: leave it out"
         )

@@ -183,6 +183,7 @@ def test_a_lone_expert_may_be_there_twice_but_not_one_of_several():
     for moves, twice in (([one], [one, one]), ([one, two], [one, two, one, two])):
         fused = [fuse(large, m, search(large, m, GRID).alpha_BT) for m in (moves, twice)]
         assert torch.equal(*fused)
+        assert not search(large, twice, GRID).alpha_BT[:, len(moves) :].any()  # the first acts
     weighted = [
         fuse(large, m, search(large, m, GRID).alpha_BT) for m in ([one, two], [one, one, two])
     ]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 from rlalign.models.tokenizer import build_tokenizer
 from rlalign.rollout import hf
 from rlalign.testtime import logit_fusion as module
 from rlalign.testtime.errors import DecodeError
-from rlalign.testtime.fusion_models import FusedModel, Member
+from rlalign.testtime.fusion_models import FusedModel, Member, open_fusion
 from rlalign.testtime.logit_fusion import logit_fusion
 from tests.testtime.fusion_cases import (
     PROMPTS,
@@ -123,10 +125,59 @@ def test_speculation_writes_the_same(large, ahead, path):
 
 
 def test_speculation_up_to_the_end_of_the_context(large, small, expert):
+    """Beside a row that has all the room in the world."""
     fused = FusedModel(large, small, [expert])
-    prompt = [7] * 55
-    plain, ahead = (logit_fusion(fused, [prompt], speculate=n, max_new_tokens=40) for n in (0, 5))
-    assert tokens(plain) == tokens(ahead) and len(plain[0].token_ids) <= 9
+    prompts = [[7] * 55, "abc"]
+    plain, ahead = (logit_fusion(fused, prompts, speculate=n, max_new_tokens=40) for n in (0, 5))
+    assert tokens(plain) == tokens(ahead)
+    assert len(plain[0].token_ids) == 9 and len(plain[1].token_ids) > 14
+
+
+def with_adapters(member, count):
+    """A PeftModel with adapters expert0, ... that change something."""
+    model = copy.deepcopy(member.model)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    wrapped = get_peft_model(model, config, adapter_name="expert0")
+    for t in range(1, count):
+        wrapped.add_adapter(f"expert{t}", config)
+    rng = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_B" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=rng))
+    return wrapped.eval()
+
+
+def merged(wrapped, name):
+    model = copy.deepcopy(wrapped)
+    model.set_adapter(name)
+    return Member(model.merge_and_unload().eval(), TOKENIZER)
+
+
+def test_adapters_are_read_with_their_base_in_one_pass(large, small, tmp_path):
+    """And give what models with the adapters merged into them give."""
+    wrapped = with_adapters(small, 2)
+    experts = [merged(wrapped, f"expert{t}") for t in range(2)]
+    want = logit_fusion(FusedModel(large, small, experts), PROMPTS, max_new_tokens=LENGTH)
+    large.model.save_pretrained(tmp_path / "large")
+    small.model.save_pretrained(tmp_path / "small")
+    for name in ("large", "small"):
+        TOKENIZER.save_pretrained(tmp_path / name)
+    wrapped.save_pretrained(tmp_path / "lora")
+    folders = [str(tmp_path / "lora" / f"expert{t}") for t in range(2)]
+    fused = open_fusion(str(tmp_path / "large"), str(tmp_path / "small"), folders, max_batch_size=2)
+    assert fused.members[1].model is fused.members[2].model is fused.members[3].model
+    calls = []
+    inner = fused.members[1].model.get_base_model()
+    inner.register_forward_hook(lambda *_: calls.append(1))
+    got = logit_fusion(fused, PROMPTS, max_new_tokens=LENGTH)
+    assert tokens(got) == tokens(want)
+    assert [r.trace for r in got] == [r.trace for r in want]
+    assert len(calls) == 3 * LENGTH  # five prompts, two at a time
+    with pytest.raises(DecodeError, match="can take tokens back"):
+        logit_fusion(fused, ["abc"], speculate=2)
+    with pytest.raises(DecodeError, match=r"experts\[0\], the adapter in .* does not fit"):
+        open_fusion(str(tmp_path / "small"), str(tmp_path / "large"), folders)
 
 
 @pytest.mark.parametrize("options", [{}, {"speculate": 3}, {"temperature": 0.9, "top_p": 0.8}])
