@@ -205,3 +205,25 @@ class RainConfig(SearchConfig):
         1, "Leaves of a tree looked at together; above 1 the tree differs.", ge=1
     )
     trace_nodes: int = option(2000, "Nodes of the tree kept for the report; 0: none.", ge=0)
+
+
+@dataclass
+class FusionConfig(SearchConfig):
+    """Dynamic logit fusion. `alpha_min` = `alpha_max` fixes the strength: 1 is proxy-tuning, 0 the
+    large model alone."""
+
+    alpha_min: float = option(0.0, "Least strength of an expert that is tried.", ge=0.0)
+    alpha_max: float = option(2.0, "Greatest one.", ge=0.0)
+    alpha_step: float = option(0.1, "Distance of those between.", gt=0.0)
+    alpha_refine: bool = option(False, "Try ten times as many strengths between the same ends.")
+    joint: bool = option(False, "Two experts act at once, each with a strength of its own.")
+    delta_bound: float = option(
+        30.0,
+        "Log-ratio of a token that one of expert and small base rules out and the other does not.",
+        gt=0.0,
+    )
+    temperature: float = option(0.0, "Of the fused distribution; 0: its likeliest token.", ge=0.0)
+    top_p: float = option(1.0, "Mass of the likeliest tokens that are kept.", gt=0.0, le=1.0)
+    speculate: int = option(
+        0, "Tokens that the first expert writes ahead, for the others to check at once.", ge=0
+    )

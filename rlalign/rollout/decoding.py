@@ -50,6 +50,24 @@ class Decoder(Protocol):
         ...
 
 
+class RewindingDecoder(Decoder, Protocol):
+    """One that reads several tokens at once and takes them back."""
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `rewind` works for this model."""
+        ...
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> torch.Tensor:
+        """Append N tokens to every row; logits after each, [B, N, V]."""
+        ...
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        """Row i forgets its last `counts[i]` tokens, all of them appended since the last `rewind`
+        or `keep`."""
+        ...
+
+
 @dataclass(slots=True)
 class Row:
     """One completion in the making."""
@@ -181,7 +199,14 @@ def _draw_alike(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.devi
             row.finish_reason = FINISH_LENGTH
 
 
-def survivors(rows: Sequence[Row]) -> list[int]:
+class Ending(Protocol):
+    """A row, as far as its end matters."""
+
+    @property
+    def finish_reason(self) -> str: ...
+
+
+def survivors(rows: Sequence[Ending]) -> list[int]:
     """Indices of the unfinished rows, the last of them in the gaps: few rows change place."""
     alive = [i for i, row in enumerate(rows) if not row.finish_reason]
     movers = [i for i in alive if i >= len(alive)]

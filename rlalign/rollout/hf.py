@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlalign.rollout.decoding import FAILED, Decoder, Row, decode
+from rlalign.rollout.decoding import FAILED, Decoder, RewindingDecoder, Row, decode
 from rlalign.rollout.digest import WeightDigest
 from rlalign.rollout.engine import Capabilities, EngineError, GenerateRequest, SamplingParams
 from rlalign.rollout.hf_cache import CacheDecoder, base_model
@@ -163,10 +163,7 @@ class HFEngine:
             (len(r.token_ids) + r.limited(params).max_completion_length for r in requests),
             default=0,
         )
-        if is_plain_decoder(self._model, longest):
-            return FastDecoder(self._model, longest)
-        pad_id = self._tokenizer.pad_token_id
-        return CacheDecoder(self._model, 0 if pad_id is None else pad_id)
+        return make_decoder(self._model, self._tokenizer, longest)
 
     def _sample(self, request: GenerateRequest, i: int, row: Row) -> Sample:
         return Sample(
@@ -198,6 +195,14 @@ class HFEngine:
                 ids_BT[row, : len(sequences[i])] = torch.tensor(sequences[i])
                 mask_BT[row, : len(sequences[i])] = 1
             yield index, ids_BT.to(self._device), mask_BT.to(self._device)
+
+
+def make_decoder(model: nn.Module, tokenizer: Any, longest: int) -> RewindingDecoder:
+    """The quickest decoder that computes what `model` does, for rows of up to `longest` tokens."""
+    if is_plain_decoder(model, longest):
+        return FastDecoder(model, longest)
+    pad_id = tokenizer.pad_token_id
+    return CacheDecoder(model, 0 if pad_id is None else pad_id)
 
 
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> frozenset[int]:

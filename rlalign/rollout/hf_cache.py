@@ -77,12 +77,17 @@ def _grown(used: Tensor, like: Tensor, length: int) -> Tensor:
 
 
 class CacheDecoder:
-    """`Decoder` (see decoding.py) over `model`, any HF causal LM, PEFT adapters included."""
+    """`Decoder` (see decoding.py) over `model`, any HF causal LM, PEFT adapters included.
+
+    With `adapters`, names of those of a PeftModel, rows come in as many equal parts, each of which
+    is read by its own.
+    """
 
     refills = False
 
-    def __init__(self, model: nn.Module, pad_id: int) -> None:
+    def __init__(self, model: nn.Module, pad_id: int, adapters: Sequence[str] = ()) -> None:
         self._model = model
+        self._adapters = adapters
         self._pad_id = pad_id
         self._device = next(model.parameters()).device
         self._options = _supported_options(model)
@@ -95,7 +100,7 @@ class CacheDecoder:
         ids = [[self._pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
         mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
         self._mask_BT = torch.tensor(mask, device=self._device)
-        logits = self._forward(torch.tensor(ids, device=self._device))
+        logits = self._forward(torch.tensor(ids, device=self._device))[:, -1]
         repeats = torch.tensor(copies, device=self._device)
         index = torch.arange(len(prompts), device=self._device).repeat_interleave(repeats)
         if len(index) != len(prompts):
@@ -105,7 +110,27 @@ class CacheDecoder:
     def step(self, tokens: Sequence[int]) -> Tensor:
         new = self._mask_BT.new_ones(len(tokens), 1)
         self._mask_BT = torch.cat([self._mask_BT, new], dim=1)
-        return self._forward(torch.tensor(tokens, device=self._device)[:, None])
+        return self._forward(torch.tensor(tokens, device=self._device)[:, None])[:, -1]
+
+    @property
+    def rewinds(self) -> bool:
+        """A window or a recurrent state cannot leave a token out."""
+        layers = preallocated_cache(base_model(self._model).config).layers
+        return bool(layers) and all(isinstance(layer, PreallocatedLayer) for layer in layers)
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        new = self._mask_BT.new_ones(len(tokens), len(tokens[0]))
+        self._mask_BT = torch.cat([self._mask_BT, new], dim=1)
+        return self._forward(torch.tensor(tokens, device=self._device), len(tokens[0]))
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        assert self._cache is not None
+        width = self._mask_BT.shape[1]
+        for mask_T, back in zip(self._mask_BT, counts, strict=True):
+            mask_T[width - back :] = 0
+        end = width - min(counts)  # what no row keeps
+        self._mask_BT = self._mask_BT[:, :end]
+        self._cache.crop(end)
 
     def keep(self, index: Sequence[int]) -> None:
         if index:
@@ -118,13 +143,17 @@ class CacheDecoder:
         self._cache.reorder_cache(index)  # type: ignore[arg-type]
         self._mask_BT = self._mask_BT[index]
 
-    def _forward(self, ids_BT: Tensor) -> Tensor:
+    def _forward(self, ids_BT: Tensor, count: int = 1) -> Tensor:
+        """Logits after each of the last `count` tokens, [B, count, V]."""
         options: dict[str, Any] = {}
         if "position_ids" in self._options:
             position_BT = (self._mask_BT.cumsum(1) - 1).clamp_(min=0)
             options["position_ids"] = position_BT[:, -ids_BT.shape[1] :]
         if "logits_to_keep" in self._options:
-            options["logits_to_keep"] = 1
+            options["logits_to_keep"] = count
+        if self._adapters:
+            share = len(ids_BT) // len(self._adapters)
+            options["adapter_names"] = [name for name in self._adapters for _ in range(share)]
         output = self._model(
             input_ids=ids_BT,
             attention_mask=self._mask_BT,
@@ -132,7 +161,7 @@ class CacheDecoder:
             use_cache=True,
             **options,
         )
-        return output.logits[:, -1]
+        return output.logits[:, -count:]
 
 
 def preallocated_cache(config: Any) -> DynamicCache:

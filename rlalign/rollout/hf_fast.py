@@ -93,6 +93,7 @@ class FastDecoder:
     """
 
     refills = True
+    rewinds = True
 
     def __init__(self, model: nn.Module, longest: int) -> None:
         base = base_model(model)
@@ -125,6 +126,8 @@ class FastDecoder:
             query, key, value = (x.transpose(1, 2) for x in (query, *self._split(kv)))
             for side, x in enumerate((key, value)):
                 self._caches[i][side, first : len(self._lengths), :, :width] = x[prompt_of_row]
+            # A row that was here before may have left NaN, which no weight of zero hides.
+            self._caches[i][:, first : len(self._lengths), :, width:] = 0
             # Padding is on the right, where causality hides it.
             grouped = query.shape[1] != key.shape[1]
             return F.scaled_dot_product_attention(
@@ -154,6 +157,32 @@ class FastDecoder:
         cos, sin = self._cos_T1d[position_B], self._sin_T1d[position_B]
         x_BD = self._run(torch.tensor(tokens, device=self._device), cos, sin, attend)
         return self._head(self._norm(x_BD))
+
+    def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        count = len(tokens[0])
+        start_B = torch.tensor(self._lengths, device=self._device)
+        position_BN = start_B[:, None] + torch.arange(count, device=self._device)
+        row_B1 = torch.arange(len(tokens), device=self._device)[:, None]
+        self._lengths = [length + count for length in self._lengths]
+        width = max(self._lengths)
+        self._reserve(len(tokens), width)
+        mask_BNT = self._mask(position_BN, width)
+
+        def attend(i: int, query: Tensor, kv: Tensor) -> Tensor:
+            cache = self._caches[i]
+            cache[:, row_B1, :, position_BN] = kv.unflatten(2, (2, -1))
+            key, value = cache[:, : len(tokens), :, :width]
+            grouped = query.shape[2] != key.shape[1]
+            return F.scaled_dot_product_attention(
+                query.transpose(1, 2), key, value, attn_mask=mask_BNT[:, None], enable_gqa=grouped
+            ).transpose(1, 2)
+
+        cos, sin = self._cos_T1d[position_BN], self._sin_T1d[position_BN]
+        x_BND = self._run(torch.tensor(tokens, device=self._device), cos, sin, attend)
+        return self._head(self._norm(x_BND))
+
+    def rewind(self, counts: Sequence[int]) -> None:
+        self._lengths = [n - back for n, back in zip(self._lengths, counts, strict=True)]
 
     def keep(self, index: Sequence[int]) -> None:
         moves = [(i, source) for i, source in enumerate(index) if i != source]
@@ -190,11 +219,11 @@ class FastDecoder:
     def _split(self, kv: Tensor) -> tuple[Tensor, Tensor]:
         return kv[..., : self._kv_heads, :], kv[..., self._kv_heads :, :]
 
-    def _mask(self, position_B: Tensor, width: int) -> Tensor:
-        """[B, T], added to scores: a row sees the columns up to its position."""
-        hidden_BT = torch.arange(width, device=self._device) > position_B[:, None]
-        mask_BT = torch.zeros_like(hidden_BT, dtype=self._embedding.dtype)
-        return mask_BT.masked_fill_(hidden_BT, -torch.inf)
+    def _mask(self, position: Tensor, width: int) -> Tensor:
+        """[..., T], added to scores: a token sees the columns up to its position."""
+        hidden = torch.arange(width, device=self._device) > position[..., None]
+        mask = torch.zeros_like(hidden, dtype=self._embedding.dtype)
+        return mask.masked_fill_(hidden, -torch.inf)
 
     def _reserve(self, rows: int, width: int) -> None:
         """Make room for `rows` of `width` columns, keeping what is there."""

@@ -18,6 +18,7 @@ SUITES = (
     "test_head_parts.py",
     "test_peer_defects.py",
     "interpreted_triton.py",
+    "interpreted_alpha_search.py",
 )
 
 
