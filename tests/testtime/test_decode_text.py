@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from pathlib import Path
@@ -194,6 +195,34 @@ def test_a_reward_is_given_the_answer_under_any_of_its_names_and_may_miss_it(tmp
     assert "accuracy, by a reward that knows the answer" in names
 
 
+def has_other(prompts, completions, other):
+    return [None if value is None else float(value) for value in other]
+
+
+def test_rows_that_lack_a_column_of_the_reward_have_no_score(tmp_path, job):
+    rows = [{"prompt": "1", "answer": "1"}, {"prompt": "2", "other": 3}, {"prompt": "3"}]
+    source = write(tmp_path / "in.jsonl", rows)
+    decode_text(job("best-of-n", source=source, reward=has_other, in_flight=1))
+    assert [record["reward"] for record in read(tmp_path / "out.jsonl")] == [None, 3.0, None]
+
+
+def test_a_record_is_in_the_file_when_it_is_told_of(tmp_path, job):
+    seen = []
+
+    def look(record):
+        lines = read(tmp_path / "out.jsonl")
+        seen.append((len(lines), lines[-1]["id"] == record["id"]))
+
+    decode_text(job(), on_record=look)
+    assert seen == [(i + 1, True) for i in range(6)]
+
+
+def test_what_failed_is_not_right_whatever_is_asked_for(tmp_path, job):
+    source = write(tmp_path / "in.jsonl", [{"prompt": [], "answer": ""}])
+    summary = decode_text(job(source=source, extract="pattern:(.*)"))
+    assert summary.accuracy == 0.0
+
+
 def test_options_of_the_reward_go_to_the_reward(tmp_path, job):
     options = ["num_samples=1", "reward.pattern=<answer>[0-2]</answer>", "reward.score=4"]
     decode_text(job("best-of-n", options=options, reward="regex"))
@@ -313,7 +342,8 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
         on_progress(Progress(9, 4))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rlalign.testtime.decode_text.decode_text", interrupted)
+    module = importlib.import_module("rlalign.testtime.decode_text")
+    monkeypatch.setattr(module, "decode_text", interrupted)
     arguments = ["--model", "m", "--input", "i.jsonl", "--output", "o.jsonl"]
     status, _, err = run(capsys, monkeypatch, "decode", "rain", *arguments)
     assert status == 130 and "4 records" in err and "--resume" in err and "Traceback" not in err
