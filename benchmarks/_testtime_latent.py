@@ -226,8 +226,8 @@ def _row(
         "part": "quality", "side": side, "right": float(right_N.mean()), "low": low, "high": high,
         "tokens": _tokens(results), "engine calls": _mean(r.num_engine_calls for r in results),
         "judged": _mean(r.num_reward_calls for r in results),
-        "steps": _mean(r.counters["steps"] for r in results),
-        "repeated steps": _mean(r.counters["repeats"] for r in results),
+        "steps": _mean(r.counters.get("steps", 0) for r in results),
+        "repeated steps": _mean(r.counters.get("repeats", 0) for r in results),
         "ms a question": 1e3 * seconds / len(results),
     }  # fmt: skip
 
