@@ -74,6 +74,7 @@ def test_a_gradient_of_zero_ends_the_search(engine):
     [result] = latent_seek(engine, ["zzzz"], Scored(lambda text: 0.0), **BOLD | {"tau": 0.5})
     assert (result.stop_reason, result.counters["steps"]) == ("still", 0)
     assert result.num_engine_calls == 3
+    assert result.counters["positive_rewards"] == 0
 
 
 def test_momentum_may_move_latents_whose_gradient_is_zero(engine):
