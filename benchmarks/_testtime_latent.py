@@ -9,8 +9,9 @@ Quality: held-out questions of mini:chain. The oracle knows the answer: what it 
 the search reaches, not what a user gets, so its rows are compared with other oracle rows only. The
 self reward is the share of `VOTERS` samples of the same question that end in the same answer,
 less one: no label. Samples are drawn once a question and count as tokens of the search.
-Best-of-N (oracle) and majority (no label) spend the tokens of a search on samples at temperature 1.
-Intervals: paired bootstrap over questions.
+`random signs` keeps all of the search but the gradient, and has its own lr, which spends as many
+tokens. Best-of-N (oracle) and majority (no label) spend the tokens of a search on samples at
+temperature 1. Intervals: paired bootstrap over questions.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ SPEED, FORWARDS, GAIN = 20.0, 50.0, 0.05  # bars
 LENGTH, STEPS = 300, 2
 LOOP = {"rho": 0.2, "lr": 0.1, "max_steps": STEPS, "max_new_tokens": LENGTH}
 MINI = {"rho": 0.5, "lr": 0.1, "max_steps": 10, "max_new_tokens": 64}  # configs/latent_seek/mini
+RANDOM = {"proposal": "random_signs", "lr": 2.0}  # the best lr on training questions, as MINI's
 VOTERS = 4
 TASK = get_mini_task("chain")
 ANSWER = re.compile(r"<answer>(-?\d+)</answer>")
@@ -189,7 +191,7 @@ def quality(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         seek("greedy", knows, max_steps=0)
         greedy_tokens = _tokens(sides["greedy"][0])
         seek("LatentSeek, oracle", knows, oracle=True)
-        seek("random signs, oracle", knows, oracle=True, proposal="random_signs")
+        seek("random signs, oracle", knows, oracle=True, **RANDOM)
         sample("best of N, oracle", knows, "LatentSeek, oracle")
     # An answer is accepted when all voters end in it.
     seek("LatentSeek, self", Agreement(engine), tau=-1 / (2 * VOTERS))
@@ -226,8 +228,8 @@ def _row(
         "part": "quality", "side": side, "right": float(right_N.mean()), "low": low, "high": high,
         "tokens": _tokens(results), "engine calls": _mean(r.num_engine_calls for r in results),
         "judged": _mean(r.num_reward_calls for r in results),
-        "steps": _mean(r.counters["steps"] for r in results),
-        "repeated steps": _mean(r.counters["repeats"] for r in results),
+        "steps": _mean(r.counters.get("steps", 0) for r in results),
+        "repeated steps": _mean(r.counters.get("repeats", 0) for r in results),
         "ms a question": 1e3 * seconds / len(results),
     }  # fmt: skip
 

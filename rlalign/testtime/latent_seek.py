@@ -186,6 +186,8 @@ class _Seeker:
         self._num_latents = stop - start
         first.prefix = first.ids[:stop]
         self._known[first.prefix] = first
+        if over := self._ledger.over():
+            return over
         return (yield from self._climb(first, start, stop))
 
     def _climb(self, current: _Answer, start: int, stop: int) -> Search[str]:

@@ -171,6 +171,9 @@ def test_the_controls_draw_by_seed_and_prompt(engine):
             for seed in (0, 1)
         ]
         assert paths[0] != paths[1]
+        rows = [{"prompt": "7", "id": name} for name in "aba"]
+        other = [r.trace for r in latent_seek(engine, rows, Scored(bad), **options)]
+        assert other[0] == other[2] != other[1]
     plain = [
         latent_seek(engine, PROMPTS, Scored(bad), seed=seed, **BOLD)[0].trace for seed in (0, 1)
     ]

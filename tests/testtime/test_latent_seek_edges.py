@@ -8,14 +8,13 @@ import pytest
 
 from rlalign.config.load import ConfigError, parse
 from rlalign.config.testtime import LatentSeekConfig
-from rlalign.rollout.search import (
-    Choose,
-    run_searches,
-)
+from rlalign.rollout.engine import SamplingParams
+from rlalign.rollout.search import Ascend, Choose, Draw, Latents, run_searches
 from rlalign.rollout.search_hf import HFSearch
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.latent_seek import latent_seek, search
-from rlalign.testtime.prompt import make_prompt
+from rlalign.testtime.ledger import Ledger
+from rlalign.testtime.prompt import Prompt, make_prompt
 from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward
 from rlalign.testtime.solver_templates import TEMPLATES
@@ -24,6 +23,7 @@ from tests.testtime.scripted import ScriptedEngine
 from tests.testtime.seeking import (
     BOLD,
     PROMPTS,
+    Ending,
     Recorder,
     Scored,
     bad,
@@ -74,6 +74,7 @@ def test_a_gradient_of_zero_ends_the_search(engine):
     [result] = latent_seek(engine, ["zzzz"], Scored(lambda text: 0.0), **BOLD | {"tau": 0.5})
     assert (result.stop_reason, result.counters["steps"]) == ("still", 0)
     assert result.num_engine_calls == 3
+    assert result.counters["positive_rewards"] == 0
 
 
 def test_momentum_may_move_latents_whose_gradient_is_zero(engine):
@@ -109,6 +110,32 @@ def test_a_budget_of_tokens_gives_the_best_so_far(engine):
         assert result.over_budget and result.stop_reason == "max_tokens"
         spent.append(len(rewards))
     assert spent == sorted(spent) and spent[-1] > 2 and len(set(spent)) > 2
+
+
+class Costly(Scored):
+    """A reward that has the model write 30 tokens."""
+
+    def __call__(self, prompt: Prompt, response: str, ledger: Ledger):
+        params = SamplingParams(30, temperature=0.0, ignore_eos=True)
+        yield from ledger.ask([Draw(prompt.ids, params)])
+        return (yield from super().__call__(prompt, response, ledger))
+
+
+@pytest.mark.parametrize(("budget", "steps"), [(50, 0), (51, 1), (90, 1), (91, 2)])
+def test_what_a_reward_writes_is_within_the_budget_of_tokens(engine, budget, steps):
+    """20 tokens and 30 of the reward, then 10 and 30 for each step; looked at before each."""
+    recorder = Recorder(engine)
+    [result] = latent_seek(recorder, ["zzzz"], Costly(hashed), max_tokens=budget, **BOLD)
+    assert (result.stop_reason, result.counters["steps"]) == ("max_tokens", steps)
+    assert len(recorder.of(Latents)) == min(steps, 1) and len(recorder.of(Ascend)) == steps
+    assert result.reward is not None
+
+
+def test_rounding_loses_no_latent():
+    engine = Ending(["." * 29])
+    options = {"rho": 0.29, "max_new_tokens": 100, "max_steps": 1}
+    [result] = latent_seek(engine, ["x"], Scored(bad), **options)
+    assert 0.29 * 100 < 29 == result.trace["num_latents"]
 
 
 def test_a_budget_of_seconds_is_looked_at_between_rounds(engine, monkeypatch):

@@ -164,7 +164,7 @@ def test_a_role_without_weight_is_not_asked():
     assert verdict.reward == -1 and verdict.roles["answer_correct"] is None
 
 
-@pytest.mark.parametrize("weights", [[2.0, 2.0, 1.0, 1.0], [1.0, 2.0, 1.0, 1.0], [1.0] * 4])
+@pytest.mark.parametrize("weights", [[2.0, 2.0, 1.0, 1.0], [4.0, 0.5, 1.0, 0.5], [1.0] * 4])
 @pytest.mark.parametrize("format_weight", [0.0, 2.0])
 def test_a_cascade_accepts_what_all_roles_would_and_asks_less(weights, format_weight):
     fewer = 0
