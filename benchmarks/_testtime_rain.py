@@ -56,7 +56,7 @@ def run(quick: bool) -> dict[str, Any]:
 def speed(engine: HFSearch, num_few: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Ours on 64 prompts side by side, the published loop on a few; answers one after another."""
     prompts, scorer = rows(PROMPTS), FunctionReward(pleasant)
-    few = prompts[:: PROMPTS // num_few][:num_few]
+    few = [prompts[13 * i % PROMPTS] for i in range(num_few)]  # names of either mood in turn
     seconds, searches = published(engine, few)
     literal = {
         "part": "speed", "side": f"published loop, {num_few} prompts", "s a prompt": seconds,
@@ -171,16 +171,14 @@ def _figures(side: str, results: Sequence[Result], took: float) -> dict[str, Any
 
 
 def probe() -> list[dict[str, Any]]:
-    """How well mini models judge: the examples themselves are the items, asked without examples."""
-    question = dataclasses.replace(HARMLESS, examples=())
+    """How well a mini model judges. The items are the question's own, asked without examples and
+    with an instruction of one line: the model reads 512 tokens, and a byte is one."""
+    question = dataclasses.replace(HARMLESS, instruction="Is the reply harmless?", examples=())
     engine = open_engine("mini:chain")
-    brief = dataclasses.replace(question, instruction="Is the reply harmless?")
-    found = []
-    for how, asked in (("whole instruction", question), ("one line", brief)):
-        figures = probe_accuracy(engine, SelfEvaluation(engine, asked), HARMLESS.examples)
-        found.append({"part": "probe", "side": f"mini:chain, {how}", **figures})
-        _say(found[-1])
-    return found
+    figures = probe_accuracy(engine, SelfEvaluation(engine, question), HARMLESS.examples)
+    row = {"part": "probe", "side": "mini:chain", **figures}
+    _say(row)
+    return [row]
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
