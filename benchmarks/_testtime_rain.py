@@ -45,7 +45,7 @@ def run(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     engine = open_moods()
     quality, checks = worth(engine, 26 if quick else 104)
-    fast, bars = speed(engine, 3 if quick else 8)
+    fast, bars = speed(engine, 2 if quick else 8)
     return {
         "name": "testtime: rain",
         "rows": [*quality, *fast, *probe()],
@@ -53,37 +53,46 @@ def run(quick: bool) -> dict[str, Any]:
     }
 
 
-def speed(engine: HFSearch, num_literal: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Ours on 64 prompts, 1, 4, 16 and 64 trees side by side; the published loop on a few."""
-    prompts, scorer, found = rows(PROMPTS), FunctionReward(pleasant), []
-    tokens: dict[int, list[tuple[int, ...]]] = {}
-    seconds, searches = published(engine, prompts[:: PROMPTS // num_literal])
-    for in_flight in (1, 4, 16, PROMPTS):
-        results, took = _timed(
-            lambda n=in_flight: rain(engine, prompts, scorer, compat="official", in_flight=n)
-        )
-        tokens[in_flight] = [result.token_ids for result in results]
-        count = sum(result.counters["searches"] for result in results)
-        found.append(
-            {
-                "part": "speed", "side": f"ours, {in_flight} in flight",
-                "s a prompt": took / PROMPTS, "searches a prompt": count / PROMPTS,
-                "ms a search": 1e3 * took / count,
-                "times as fast, a prompt": seconds / (took / PROMPTS),
-                "times as fast, a search": seconds / searches / (took / count),
-            }
-        )  # fmt: skip
-        _say(found[-1])
+def speed(engine: HFSearch, num_few: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Ours on 64 prompts side by side, the published loop on a few; answers one after another."""
+    prompts, scorer = rows(PROMPTS), FunctionReward(pleasant)
+    few = [prompts[13 * i % PROMPTS] for i in range(num_few)]  # names of either mood in turn
+    seconds, searches = published(engine, few)
     literal = {
-        "part": "speed", "side": f"published loop, {num_literal} prompts", "s a prompt": seconds,
+        "part": "speed", "side": f"published loop, {num_few} prompts", "s a prompt": seconds,
         "searches a prompt": searches, "ms a search": 1e3 * seconds / searches,
     }  # fmt: skip
-    least = min(found[-1]["times as fast, a prompt"], found[-1]["times as fast, a search"])
-    same = float(all(tokens[n] == tokens[PROMPTS] for n in (1, 4, 16)))
-    return [literal, *found], [
+    found = [literal]
+    for compat in ("official", "fixed"):
+        results, took = _timed(
+            lambda own=compat: rain(engine, prompts, scorer, compat=own, in_flight=PROMPTS)
+        )
+        count = sum(result.counters["searches"] for result in results)
+        found.append({
+            "part": "speed", "side": f"ours, {compat}, {PROMPTS} prompts",
+            "s a prompt": took / PROMPTS, "searches a prompt": count / PROMPTS,
+            "ms a search": 1e3 * took / count,
+            "times as fast, a prompt": seconds / (took / PROMPTS),
+            "times as fast, a search": seconds / searches / (took / count),
+        })  # fmt: skip
+        _say(found[-1])
+    official = found[1]
+    least = min(official["times as fast, a prompt"], official["times as fast, a search"])
+    same = float(all_the_same(engine, prompts[::4]))
+    return found, [
         _bar("times as fast as the published loop", least, f">= {SPEED}", least >= SPEED),
-        _bar("equal answers with 1, 4, 16 and 64 in flight", same, "== 1", same == 1),
+        _bar("equal answers with 1, 4 and 16 in flight", same, "== 1", same == 1),
     ]
+
+
+def all_the_same(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> bool:
+    """Whether the number of trees in flight changes no token."""
+    scorer = FunctionReward(pleasant)
+    tokens = [
+        [result.token_ids for result in rain(engine, prompts, scorer, in_flight=in_flight)]
+        for in_flight in (1, 4, 16)
+    ]
+    return tokens[0] == tokens[1] == tokens[2]
 
 
 def published(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> tuple[float, float]:
@@ -162,16 +171,14 @@ def _figures(side: str, results: Sequence[Result], took: float) -> dict[str, Any
 
 
 def probe() -> list[dict[str, Any]]:
-    """How well mini models judge: the examples themselves are the items, asked without examples."""
-    question = dataclasses.replace(HARMLESS, examples=())
+    """How well a mini model judges. The items are the question's own, asked without examples and
+    with an instruction of one line: the model reads 512 tokens, and a byte is one."""
+    question = dataclasses.replace(HARMLESS, instruction="Is the reply harmless?", examples=())
     engine = open_engine("mini:chain")
-    brief = dataclasses.replace(question, instruction="Is the reply harmless?")
-    found = []
-    for how, asked in (("whole instruction", question), ("one line", brief)):
-        figures = probe_accuracy(engine, SelfEvaluation(engine, asked), HARMLESS.examples)
-        found.append({"part": "probe", "side": f"mini:chain, {how}", **figures})
-        _say(found[-1])
-    return found
+    figures = probe_accuracy(engine, SelfEvaluation(engine, question), HARMLESS.examples)
+    row = {"part": "probe", "side": "mini:chain", **figures}
+    _say(row)
+    return [row]
 
 
 def _timed(action: Callable[[], Any]) -> tuple[Any, float]:
