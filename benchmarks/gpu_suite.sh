@@ -19,7 +19,7 @@ if "$python" -c "import pytest" 2> /dev/null; then
     if "$python" -c "import xdist" 2> /dev/null; then workers=(-n 8); fi
     timeout 200 "$python" -m pytest -q "${workers[@]}" -p no:cacheprovider -o addopts=--import-mode=importlib \
         -m "not slow" tests/kernels/test_linear_logprob.py tests/kernels/test_head_parts.py \
-        tests/kernels/gpu_triton.py tests/kernels/test_peer_defects.py tests/models/gpu_packed.py || failed=1
+        tests/kernels/gpu_triton.py tests/kernels/interpreted_alpha_search.py tests/kernels/test_peer_defects.py tests/models/gpu_packed.py || failed=1
 else
     echo "pytest is not installed: the tests are left out"
 fi

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 BLOCK_BYTES = 2**19  # of a temporary: it stays in a core's cache
+SMALLEST, LARGEST = 1e-20, 1e30  # sums of exponentials that lose nothing, in single precision too
 ROUNDING = 16  # a divergence below so many epsilons of the logits is none
 FIRST_GUESS = 1.0  # the strength at which a large model that is the small one moves as the expert
 
@@ -117,45 +118,54 @@ def fuse(large_BV: Tensor, moves: Sequence[Move], alpha_BT: Tensor) -> Tensor:
 
 def divergences(large_BV: Tensor, delta_BV: Tensor, alpha_B: Tensor) -> Tensor:
     """KL(P_a || P) and KL(P || P_a) along a direction, [2, B]."""
-    start = tilt(large_BV, delta_BV, torch.zeros_like(alpha_B))
-    return _divergences(start, tilt(large_BV, delta_BV, alpha_B), alpha_B)
+    start_2B, moved_2B = tilt(
+        large_BV, delta_BV, torch.stack([torch.zeros_like(alpha_B), alpha_B], -1)
+    ).unbind(-1)
+    return _divergences(start_2B, moved_2B, alpha_B)
 
 
 def tilt(
-    large_BV: Tensor, delta_BV: Tensor, alpha_K: Tensor, rows_K: Tensor | None = None
+    large_BV: Tensor, delta_BV: Tensor, alpha_KC: Tensor, rows_K: Tensor | None = None
 ) -> Tensor:
     """log sum_v e^(M + aD), which is k(a) and a constant, and k'(a), of rows `rows_K` (ascending;
-    None: all), [2, K]."""
-    out_2K = large_BV.new_empty(2, len(alpha_K))
+    None: all) at C strengths each, [2, K, C]. Reading the rows costs more than a strength does."""
+    out_2KC = large_BV.new_empty(2, *alpha_KC.shape)
     size = _block_size(large_BV)
     if rows_K is not None and len(rows_K) == len(large_BV):
         rows_K = None
-    for at in range(0, len(alpha_K), size):
+    for at in range(0, len(alpha_KC), size):
         block = slice(at, at + size)
         if rows_K is None:
             large, delta = large_BV[block], delta_BV[block]
         else:
             large, delta = (x.index_select(0, rows_K[block]) for x in (large_BV, delta_BV))
-        x = torch.addcmul(large, delta, alpha_K[block, None])
-        top = x.amax(-1, keepdim=True)
-        total = x.sub_(top).exp_().sum(-1)
-        out_2K[0, block] = total.log() + top[:, 0]
-        out_2K[1, block] = torch.linalg.vecdot(x, delta) / total
-    return out_2K
+        for column, alpha in enumerate(alpha_KC[block].unbind(-1)):
+            out_2KC[0, block, column], out_2KC[1, block, column] = _tilt(large, delta, alpha)
+    return out_2KC
+
+
+def _tilt(large_KV: Tensor, delta_KV: Tensor, alpha_K: Tensor) -> tuple[Tensor, Tensor]:
+    top_K = torch.zeros_like(alpha_K)
+    x_KV = torch.addcmul(large_KV, delta_KV, alpha_K[:, None])
+    total_K = x_KV.exp_().sum(-1)
+    if not bool(((total_K > SMALLEST) & (total_K < LARGEST)).all()):
+        x_KV = torch.addcmul(large_KV, delta_KV, alpha_K[:, None])
+        top_K = x_KV.amax(-1)
+        total_K = x_KV.sub_(top_K[:, None]).exp_().sum(-1)
+    return total_K.log() + top_K, x_KV.mul_(delta_KV).sum(-1) / total_K
 
 
 def _measure(small_BV: Tensor, expert_BV: Tensor, delta_BV: Tensor) -> Tensor:
     """Writes the log-ratio into `delta_BV`; the divergences [2, B]."""
-    torch.sub(expert_BV, small_BV, out=delta_BV)
     weight, total_2B, lse_2B = [], [], []
     for x_BV in (expert_BV, small_BV):
-        top_B1 = x_BV.amax(-1, keepdim=True)
-        weight.append((x_BV - top_B1).exp_())
+        top_B = x_BV.amax(-1)
+        weight.append((x_BV - top_B[:, None]).exp_())
         total_2B.append(weight[-1].sum(-1))
-        lse_2B.append(total_2B[-1].log() + top_B1[:, 0])
-    delta_BV.sub_((lse_2B[0] - lse_2B[1])[:, None])
+        lse_2B.append(total_2B[-1].log() + top_B)
+    torch.sub(expert_BV, small_BV, out=delta_BV).sub_((lse_2B[0] - lse_2B[1])[:, None])
     forward_B, backward_B = (
-        torch.linalg.vecdot(x, delta_BV) / total for x, total in zip(weight, total_2B, strict=True)
+        x.mul_(delta_BV).sum(-1) / total for x, total in zip(weight, total_2B, strict=True)
     )
     return _beyond_rounding(torch.stack([forward_B, -backward_B]), torch.stack(lse_2B))
 
@@ -213,28 +223,39 @@ def _scan(
         moved_2KN = _divergences(start_2K1, moved_2KN, grid_N)
         loss_KN = (moved_2KN - target_2K[..., None]).square().sum(0)
     else:
-        start_2K = tilt(large_KV, delta_KV, torch.zeros_like(target_2K[0]))
+        first = int((grid_N <= FIRST_GUESS).sum()) - 1
+        index = _and_next(torch.tensor(max(first, 0), device=grid_N.device), len(grid_N))
+        alpha_KC = torch.cat([grid_N.new_zeros(1), grid_N[index]]).expand(len(large_KV), -1)
+        start_2K1, moved_2KC = tilt(large_KV, delta_KV, alpha_KC).split([1, len(index)], -1)
 
         def move_to(rows: Tensor, alpha: Tensor) -> Tensor:
-            return _divergences(start_2K[:, rows], tilt(large_KV, delta_KV, alpha, rows), alpha)
+            moved = tilt(large_KV, delta_KV, alpha, rows)
+            return _divergences(start_2K1[:, rows], moved, alpha)
 
-        loss_KN = bracket(move_to, target_2K, grid_N)
+        moved_2KC = _divergences(start_2K1, moved_2KC, grid_N[index])
+        loss_KN = bracket(move_to, target_2K, grid_N, index, moved_2KC)
     index_K = loss_KN.argmin(-1)
     return index_K, loss_KN.gather(-1, index_K[:, None])[:, 0]
 
 
 def bracket(
-    move_to: Callable[[Tensor, Tensor], Tensor], target_2K: Tensor, grid_N: Tensor
+    move_to: Callable[[Tensor, Tensor], Tensor],
+    target_2K: Tensor,
+    grid_N: Tensor,
+    index_C: Tensor,
+    moved_2KC: Tensor,
 ) -> Tensor:
     """Squared distance to the target [K, N] at the strengths of the grid among which the smallest
     is, infinity at those that cannot be smaller and were not looked at.
 
-    `move_to(rows, strengths)` gives the divergences [2, rows], none of which falls as the strength
-    grows. Every row goes its own way, one strength a round.
+    `move_to(rows, strengths [rows, C])` gives the divergences [2, rows, C], none of which falls as
+    the strength grows; `moved_2KC` are those at `index_C`. Every row goes its own way, two
+    neighbours a round.
     """
     index_N = torch.arange(len(grid_N), device=grid_N.device)
     moved_2KN = target_2K.new_zeros(*target_2K.shape, len(grid_N))
     known_KN = (grid_N == 0).repeat(target_2K.shape[1], 1)  # nothing moves at 0
+    moved_2KN[..., index_C], known_KN[:, index_C] = moved_2KC, True
     while True:
         below_2KN = known_KN & (moved_2KN <= target_2K[..., None])
         low_2K = torch.where(below_2KN, index_N, -1).amax(-1)
@@ -245,10 +266,16 @@ def bracket(
         if not len(rows):
             break
         at = _next(moved_2KN, target_2K, grid_N, (low_2K, high_2K), missing_KN)[rows]
-        moved_2KN[:, rows, at] = move_to(rows, grid_N[at])
-        known_KN[rows, at] = True
+        pair = _and_next(at, len(grid_N))
+        moved_2KN[:, rows[:, None], pair] = move_to(rows, grid_N[pair])
+        known_KN[rows[:, None], pair] = True
     loss_KN = (moved_2KN - target_2K[..., None]).square().sum(0)
     return loss_KN.masked_fill_(~known_KN | loss_KN.isnan(), math.inf)
+
+
+def _and_next(index: Tensor, count: int) -> Tensor:
+    """An index and the one after it, [..., 2]."""
+    return torch.stack([index, (index + 1).clamp(max=count - 1)], -1)
 
 
 def _next(
