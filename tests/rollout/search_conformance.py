@@ -277,6 +277,27 @@ def logits_that_are_not_finite_are_an_error_of_their_request(subject: Subject) -
     assert_same(replies[1::2], subject.ask(good))
 
 
+def what_is_not_finite_leaves_nothing_behind(subject: Subject) -> None:
+    """Neither for who asks the same again, nor for those that share the beginning of the text."""
+    shared = tuple(2 + i % 90 for i in range(66))
+    bad = [
+        Draw((POISON, *shared), replace(GREEDY, max_completion_length=2)),
+        Choose((POISON, *shared), (5,)),
+    ]
+    for _ in range(2):
+        assert all(isinstance(reply, EngineError) for reply in subject.engine.answer(bad))
+    good = [Draw((*shared, token), GREEDY) for token in (7, 8)]
+    want = subject.ask(good)
+    late = [
+        Choose((*shared, POISON), (5, 6)),
+        Draw((*shared, POISON), replace(GREEDY, max_completion_length=3)),
+    ]
+    replies = subject.engine.answer([good[0], *late, good[1]])
+    assert all(isinstance(reply, EngineError) for reply in replies[1:3])
+    assert_same([replies[0], replies[3]], want)
+    assert_same(subject.ask(good), want)
+
+
 def assert_same(got: Sequence[Any], want: Sequence[Any]) -> None:
     """A draw and what is read, whatever else was in the batch."""
     for one, other in zip(got, want, strict=True):
@@ -308,6 +329,7 @@ CHECKS: tuple[Callable[[Subject], None], ...] = (
     latents_climb_as_autograd_says,
     a_bad_request_has_an_error_and_the_others_their_replies,
     logits_that_are_not_finite_are_an_error_of_their_request,
+    what_is_not_finite_leaves_nothing_behind,
     nothing_asked_nothing_given,
     the_engine_says_what_it_can_read,
 )
