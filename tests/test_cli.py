@@ -241,6 +241,24 @@ def test_the_single_gpu_config_trains_a_shrunken_model_on_its_kind_of_data(
     assert json.loads((left / "result.json").read_text())["steps"] == 1
 
 
+@pytest.mark.parametrize("content", [None, "{}\n"])
+def test_report_of_no_records_names_the_file_and_writes_nothing(
+    content, tmp_path, capsys, monkeypatch
+):
+    if content is not None:
+        (tmp_path / "out.jsonl").write_text(content)
+    status, _, err = run(capsys, monkeypatch, "report", str(tmp_path / "out.jsonl"))
+    assert status == 1 and "out.jsonl" in err and "Traceback" not in err
+    assert not (tmp_path / "out.html").exists()
+
+
+def test_decode_lists_its_methods(capsys, monkeypatch):
+    status, out, _ = run(capsys, monkeypatch, "decode", "--help")
+    assert status == 0
+    for method in ("best-of-n", "majority", "latent-seek", "rain", "logit-fusion", "reflect"):
+        assert method in out
+
+
 def test_every_command_has_help_with_an_example():
     for command in ("train", "eval", "verify", "algos", "report", "doctor", "bench"):
         shown = subprocess.run(

@@ -38,6 +38,13 @@ def test_the_highest_reward_wins_the_earliest_of_equals_and_no_score_comes_last(
     assert len(engine.rounds) == 1
 
 
+def test_a_low_score_is_better_than_none():
+    [result] = best_of_n(
+        ScriptedEngine(in_turn(["none", "low"])), ["q"], scored({"low": -3.0}), num_samples=2
+    )
+    assert result.text == "low" and result.reward == -3.0
+
+
 def test_without_any_score_the_first_is_returned():
     engine = ScriptedEngine(in_turn(["a", "b"]))
     [result] = best_of_n(engine, ["q"], scored({}), num_samples=2)

@@ -59,7 +59,7 @@ def test_votes_are_weighted_by_the_reward_and_the_best_of_the_winners_returned()
 
 
 def test_negative_rewards_weigh_by_their_exponential_or_else_all_count_the_same():
-    table = {"1": -3.0, "it is 1": -3.0, "2": -0.1}
+    table = {"2": -0.1, "1": -3.0, "it is 1": -3.0}
     assert vote([*table], table, weight="exp").text == "2"
     votes = vote([*table], table, weight="exp").trace["answers"]
     assert votes[0]["votes"] == pytest.approx(math.exp(-0.1))

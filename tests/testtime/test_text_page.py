@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import pytest
 
 from rlalign.testtime.errors import DecodeError
+from rlalign.testtime.result import BUDGETS
 from rlalign.testtime.text_page import SCRIPTS, TEMPLATE, collect, write_text_page
 from tests.testtime.page_records import HOSTILE, node, one_of_each, rain_trace, record
 
@@ -149,6 +150,10 @@ def test_records_are_chosen_by_kind_and_words():
     assert call("choose", rows) == [
         [0, 1, 2, 3, 4, 5], [0, 1, 2], [3, 4], [3], [5], [], [3], [3], [], [5],
     ]  # fmt: skip
+
+
+def test_the_page_knows_the_same_budgets():
+    assert call("() => BUDGETS", [[]]) == [list(BUDGETS)]
 
 
 def test_a_curve_goes_from_edge_to_edge_and_leaves_gaps():
