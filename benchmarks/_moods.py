@@ -37,7 +37,7 @@ def pleasant(prompts: Sequence[str], completions: Sequence[str], **_: Any) -> li
     return [-1.0 if any(word in text for word in BAD) else 1.0 for text in completions]
 
 
-def open_moods(steps: int = 150, seed: int = 0) -> HFSearch:
+def open_moods(steps: int = 200, seed: int = 0) -> HFSearch:
     """The trained model as an engine."""
     phase = WarmStart("moods", steps, 0.02, 0.005, sentences)
     recipe = MiniModel((phase,), hidden=64, layers=2, mlp=128, max_positions=64, batch_size=32)

@@ -69,7 +69,7 @@ def rain(
     """
     cfg = settings(RainConfig, config, options)
     judge = scorer or SelfEvaluation(engine, chat=chat, compat=cfg.compat)
-    check(cfg)
+    check(cfg)  # before anything is asked; each search would say the same
     return run_each(
         engine,
         prompts,
@@ -88,7 +88,8 @@ def search(engine: SearchEngine, prompt: Prompt, scorer: Reward, cfg: RainConfig
     if cfg.max_searches == 0:
         params = greedy(run.ledger.left(run.ends.room))
         [drawn] = yield from run.ledger.ask([Draw(prompt.ids, params)])
-        return (yield from run.result(drawn.ids, run.ledger.over() or "greedy", {}))
+        tokens, _ = run.ends.close((), drawn.ids)
+        return (yield from run.result(tokens, run.ledger.over() or "greedy", {}))
     tree = Tree(cfg.trace_nodes)
     reason = yield from write(run, tree, last=cfg.on_fail != "restart")
     while reason == "restart":

@@ -33,6 +33,7 @@ class Run:
     def __init__(
         self, engine: SearchEngine, prompt: Prompt, scorer: Reward, cfg: RainConfig
     ) -> None:
+        check(cfg)
         self.prompt, self.cfg, self.tokenizer = prompt, cfg, engine.tokenizer
         self.official = cfg.compat == "official"
         self.ledger = new_ledger(cfg)

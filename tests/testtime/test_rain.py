@@ -10,7 +10,9 @@ import pytest
 
 from benchmarks._moods import open_moods, pleasant, rows
 from rlalign.models.random import write_random_model
+from rlalign.testtime import rain_run
 from rlalign.testtime.best_of_n import best_of_n
+from rlalign.testtime.embed import Embeddings, NGrams
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.open_engine import open_engine
 from rlalign.testtime.rain import rain
@@ -116,7 +118,7 @@ def test_the_shape_of_the_tree_and_the_number_of_searches(engine):
 
 
 def test_a_good_word_is_found_more_often_than_by_greedy_and_by_one_sample(moods):
-    scorer, names = FunctionReward(pleasant), rows(26)[13:]
+    scorer, names = FunctionReward(pleasant), rows(26)[13:21]
 
     def good(results):
         return sum(result.reward == 1 for result in results)
@@ -124,7 +126,7 @@ def test_a_good_word_is_found_more_often_than_by_greedy_and_by_one_sample(moods)
     greedy = rain(moods, names, scorer, max_searches=0)
     sampled = best_of_n(moods, names, scorer, num_samples=1)
     found = rain(moods, names, scorer)
-    assert good(found) >= 12 > 6 >= max(good(greedy), good(sampled))
+    assert good(found) >= 7 > 4 >= max(good(greedy), good(sampled))
     assert {result.finish for result in found} == {"stop"}
     assert all(result.num_generated_tokens > len(result.token_ids) for result in found)
 
@@ -202,6 +204,29 @@ def test_the_model_judges_itself_where_no_scorer_is_given(tmp_path):
     assert result.reward in (-1, 0, 1) and result.num_reward_calls > 2
     # Two options, asked in both orders; nothing else reads as long a prompt.
     assert result.num_prefill_tokens > 2 * 3000 and not result.error
+
+
+def test_what_is_embedded_is_what_each_node_of_the_path_began(moods, monkeypatch):
+    calls, scored = [], []
+
+    class Recorder(NGrams):
+        def embed(self, texts):
+            calls.append(list(texts))
+            return super().embed(texts)
+
+    def rule(prompts, completions, **_):
+        scored.extend(completions)
+        return pleasant(prompts, completions)
+
+    embeddings = Embeddings(Recorder())
+    monkeypatch.setattr(rain_run, "load_embeddings", lambda name: embeddings)
+    [result] = rain(moods, rows(14)[13:], FunctionReward(rule), max_total_searches=25)
+    assert result.trace["commits"] == [] and max(map(len, calls)) > 1
+    assert len(scored) == len(set(scored))
+    for texts in calls:
+        assert texts[0] in scored
+        for longer, shorter in itertools.pairwise(texts):
+            assert longer.endswith(shorter) and len(longer) > len(shorter)
 
 
 def test_a_scorer_without_an_answer_counts(engine):

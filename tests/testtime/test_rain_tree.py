@@ -64,6 +64,9 @@ def test_an_unvisited_child_counts_as_zero_and_the_square_root_covers_the_childr
     # 0.3 + 2 * 0.5 * sqrt(4) / 5 = 0.7 against 0 + 2 * 0.36 * 2 = 1.44, though -1 + 1.44 < 0.7.
     parent = make_family((4, 0.3, 0.5), (0, 0.0, 0.36), (0, 0.0, 0.14), n=100)
     assert select(parent, 2.0, official=False) is parent.children[1]
+    # With nothing visited all are equal, and the likeliest comes first.
+    fresh = make_family((0, 0.0, 0.2), (0, 0.0, 0.5), (0, 0.0, 0.3))
+    assert select(fresh, 2.0, official=False) is fresh.children[1]
     # With the parent's n, 100, the second would win here: 2 * 0.174 * 10.
     just = make_family((4, 0.3, 0.5), (0, 0.0, 0.174), n=100)
     assert select(just, 2.0, official=False) is just.children[0]
