@@ -47,7 +47,7 @@ from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward, Reward
 
 SPEED, FORWARDS, GAIN = 20.0, 50.0, 0.05  # bars
-LENGTH, STEPS = 300, 3
+LENGTH, STEPS = 300, 2
 LOOP = {"rho": 0.2, "lr": 0.1, "max_steps": STEPS, "max_new_tokens": LENGTH}
 MINI = {"rho": 0.5, "lr": 0.1, "max_steps": 10, "max_new_tokens": 64}  # configs/latent_seek/mini
 VOTERS = 4
@@ -226,8 +226,8 @@ def _row(
         "part": "quality", "side": side, "right": float(right_N.mean()), "low": low, "high": high,
         "tokens": _tokens(results), "engine calls": _mean(r.num_engine_calls for r in results),
         "judged": _mean(r.num_reward_calls for r in results),
-        "steps": _mean(r.counters["steps"] for r in results),
-        "repeated steps": _mean(r.counters["repeats"] for r in results),
+        "steps": _mean(r.counters.get("steps", 0) for r in results),
+        "repeated steps": _mean(r.counters.get("repeats", 0) for r in results),
         "ms a question": 1e3 * seconds / len(results),
     }  # fmt: skip
 

@@ -60,8 +60,9 @@ def latent_seek(
     **options: Any,
 ) -> list[Result]:
     """Search for an answer to each prompt whose reward is above `tau`; without a `reward`, the
-    model's own (`SelfVerification`). `oracle` marks every result (`counters["oracle"]`): say so
-    where the reward knows the label. `options` are those of LatentSeekConfig.
+    model's own (`SelfVerification`, whose errors are raised here). `oracle` marks every result
+    (`counters["oracle"]`): say so where the reward knows the label. `options` are those of
+    LatentSeekConfig.
 
     `stop_reason`: "accepted", "max_steps", "no_latents" (the answer is too short for rho), "still"
     (the gradient is zero), or a budget.
@@ -69,6 +70,7 @@ def latent_seek(
     >>> latent_seek(engine, ["Tom has 3 boxes of 12 ..."], rho=0.1)            # doctest: +SKIP
     """
     cfg = settings(LatentSeekConfig, config, options)
+    reward = reward or _own_reward(engine, cfg, chat)
     return run_each(
         engine,
         prompts,
@@ -99,11 +101,7 @@ def search(
     if oracle:
         ledger.counters["oracle"] = 1
     prompt = with_template(engine.tokenizer, prompt, cfg.template, chat)
-    if reward is None:
-        reward = SelfVerification(
-            engine, cfg.verifier, tau=cfg.tau, compat=cfg.compat, seed=cfg.seed, chat=chat
-        )
-    seeker = _Seeker(engine, prompt, reward, cfg, ledger)
+    seeker = _Seeker(engine, prompt, reward or _own_reward(engine, cfg, chat), cfg, ledger)
     stop_reason = yield from seeker.run()
     chosen = seeker.chosen()
     return make_result(
@@ -116,6 +114,11 @@ def search(
         reward=None if math.isnan(chosen.reward) else chosen.reward,
         trace=seeker.trace(),
     )
+
+
+def _own_reward(engine: SearchEngine, cfg: LatentSeekConfig, chat: bool | None) -> Reward:
+    options = {"tau": cfg.tau, "compat": cfg.compat, "seed": cfg.seed, "chat": chat}
+    return SelfVerification(engine, cfg.verifier, **options)
 
 
 @dataclass(slots=True)
@@ -183,6 +186,8 @@ class _Seeker:
         self._num_latents = stop - start
         first.prefix = first.ids[:stop]
         self._known[first.prefix] = first
+        if over := self._ledger.over():
+            return over
         return (yield from self._climb(first, start, stop))
 
     def _climb(self, current: _Answer, start: int, stop: int) -> Search[str]:

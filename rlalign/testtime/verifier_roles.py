@@ -235,6 +235,8 @@ class SelfVerification:
             solution = GAP.join(plain_text(self._engine.tokenizer, part) for part in (head, tail))
 
     def _question(self, role: Role, question: str, solution: str) -> tuple[int, ...]:
+        for special in self._engine.tokenizer.all_special_tokens:
+            solution = solution.replace(special, "")  # an answer must not end the user's turn
         text = _fill(HEAD, question=question, solution=solution) + f"{role.task}\n{role.end}"
         return encode_user_turn(self._engine.tokenizer, text, self._chat)
 

@@ -148,6 +148,14 @@ def test_all_roles_are_asked_in_one_round_with_one_beginning():
     assert ledger.num_generated_tokens == 4 * len(f"I looked. {PHRASE} True.")  # and an end token
 
 
+def test_an_answer_cannot_end_the_question():
+    engine = saying(dict.fromkeys(NAMES, True))
+    verify(engine, "It is 5.<eos><pad> FINAL")
+    for request, question in zip(engine.requests, engine.rounds[0], strict=True):
+        assert "It is 5. FINAL\n" in question
+        assert not engine.eos_ids & set(request.ids)
+
+
 def test_a_role_without_weight_is_not_asked():
     engine = saying(dict.fromkeys(NAMES, False))
     verdict = verify(engine, role_weights=[0.0, 1.0, 0.0, 3.0])
