@@ -154,6 +154,19 @@ def test_a_first_round_without_room_is_refused_and_a_later_one_waits(run, tokeni
     run(story, tokenizer=tokenizer, methods=methods, slots=4, max_queued=6)
 
 
+def test_a_search_is_not_begun_where_there_is_no_room_now(run, tokenizer):
+    async def story(w: World) -> None:
+        w.plan.may_draw.clear()
+        other = ask(w, "fake", n=5)
+        await until(lambda: w.host.in_flight == 5)
+        assert (await ask(w, "fake@pair")).status_code == 429
+        w.plan.may_draw.set()
+        await other
+        assert (await ask(w, "fake@pair")).status_code == 200
+
+    run(story, tokenizer=tokenizer, methods=Stubs(pair=rounds(2)), max_queued=6)
+
+
 def test_a_round_that_never_has_room_ends_a_search_that_has_begun(run, tokenizer):
     async def story(w: World) -> None:
         answer = await ask(w, "fake@grows")

@@ -238,6 +238,7 @@ def test_a_job_is_not_held_up_by_searches(server, client, tokenizer, model):
     searching.join()
 
 
+@pytest.mark.slow
 def test_a_dead_engine_changes_no_answer(server, client, model):
     options = {"reward": "variety", "max_total_searches": 40}
     alone = [ask(client, f"{model}@rain", length=30, **options)]
