@@ -101,7 +101,7 @@ def published(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> tuple[floa
     ids = [tokenizer(row["prompt"])["input_ids"] for row in prompts]
     loops = [
         Literal(
-            engine._model,
+            engine.model,
             tokenizer,
             lambda text: pleasant([""], [text])[0],
             lambda text: ngrams.embed([text])[0],

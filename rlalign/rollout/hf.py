@@ -86,7 +86,7 @@ class HFEngine:
     def rows(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> list[list[Row]]:
         """As `generate`, for requests that fit the model, before they are made into samples. A row
         whose logits are not finite ends there, alone, with the reason FAILED."""
-        with evaluating(self._model), torch.inference_mode():
+        with evaluating(self.model), torch.inference_mode():
             decoder = self._decoder(requests, params)
             return decode(
                 decoder, requests, params, self.eos_ids, self._max_batch_size, self._device
@@ -102,9 +102,9 @@ class HFEngine:
             raise EngineError(f"score at temperature {temperature}: it must be above 0")
         limit = min(SCORE_TOKENS, SCORE_BYTES // (4 * self._config.vocab_size))
         scores: list[Tensor] = [torch.empty(0)] * len(sequences)
-        with evaluating(self._model), torch.no_grad():
+        with evaluating(self.model), torch.no_grad():
             for index, ids_BT, mask_BT in self._padded(sequences, limit):
-                logits_BTV = self._model(
+                logits_BTV = self.model(
                     input_ids=ids_BT, attention_mask=mask_BT, use_cache=False
                 ).logits
                 for i, logits_TV, ids_T in zip(index, logits_BTV, ids_BT, strict=True):
@@ -118,8 +118,8 @@ class HFEngine:
         """What the language-model head reads: [len, D] per sequence, in the model's dtype, on its
         device. Raises EngineError as `score` does."""
         hidden: list[Tensor] = [torch.empty(0)] * len(sequences)
-        with evaluating(self._model), torch.no_grad():
-            decoder = base_model(self._model).get_decoder()
+        with evaluating(self.model), torch.no_grad():
+            decoder = base_model(self.model).get_decoder()
             for index, ids_BT, mask_BT in self._padded(sequences, SCORE_TOKENS):
                 output = decoder(input_ids=ids_BT, attention_mask=mask_BT, use_cache=False)
                 for row, i in enumerate(index):
@@ -134,7 +134,7 @@ class HFEngine:
         Tensors that are the model's own storage are not copied. Raises EngineError, with nothing
         changed, for weights that are not this model's or not finite (see intake.py).
         """
-        digest = take_weights(self._model, parameters)
+        digest = take_weights(self.model, parameters)
         self.version = PolicyVersion(version, digest)
         return self.version
 
@@ -149,21 +149,22 @@ class HFEngine:
         self._module = None
 
     @property
-    def _model(self) -> nn.Module:
+    def model(self) -> nn.Module:
+        """The model. Raises EngineError after `close`."""
         if self._module is None:
             raise EngineError("the engine was closed; build a new HFEngine")
         return self._module
 
     @property
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        return next(self.model.parameters()).device
 
     def _decoder(self, requests: Sequence[GenerateRequest], params: SamplingParams) -> Decoder:
         longest = max(
             (len(r.token_ids) + r.limited(params).max_completion_length for r in requests),
             default=0,
         )
-        return make_decoder(self._model, self._tokenizer, longest)
+        return make_decoder(self.model, self._tokenizer, longest)
 
     def _sample(self, request: GenerateRequest, i: int, row: Row) -> Sample:
         return Sample(

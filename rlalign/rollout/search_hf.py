@@ -34,7 +34,6 @@ class HFSearch:
 
     def __init__(self, model: nn.Module, tokenizer: Any, *, max_batch_size: int = 256) -> None:
         self.tokenizer = tokenizer
-        self._model = model
         self._engine = HFEngine(model, tokenizer, max_batch_size=max_batch_size)
         self._config = base_model(model).config.get_text_config()
         self.eos_ids = self._engine.eos_ids
@@ -57,8 +56,23 @@ class HFSearch:
         return replies
 
     @property
+    def model(self) -> nn.Module:
+        """The model. Raises EngineError after `close`."""
+        return self._engine.model
+
+    def close(self) -> None:
+        """Let go of the model; further requests raise EngineError."""
+        self._engine.close()
+
+    def __enter__(self) -> HFSearch:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
     def _device(self) -> torch.device:
-        return next(self._model.parameters()).device
+        return next(self.model.parameters()).device
 
     def _problem(self, request: Request) -> EngineError | None:
         """Why a request cannot be served."""
@@ -91,7 +105,7 @@ class HFSearch:
         latents = self._engine.hidden_states([request.ids for request in requests])
         last_ND = torch.stack([latent_TD[-1] for latent_TD in latents])
         replies: list[Reply] = []
-        logits_NV = read_head(self._model).logits(last_ND)
+        logits_NV = read_head(self.model).logits(last_ND)
         for request, logits_V in zip(requests, logits_NV, strict=True):
             logp_V = logits_V.log_softmax(-1)
             chosen = tuple(logp_V[list(request.options)].tolist())
@@ -113,7 +127,7 @@ class HFSearch:
         ]
 
     def _ascend(self, requests: Sequence[Ascend]) -> list[Reply]:
-        head = read_head(self._model)
+        head = read_head(self.model)
         return [climb(request, head, self._device) for request in requests]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -182,10 +182,14 @@ def opened(
         yield fuse
         return
 
-    with nullcontext() if job.reward is None else FunctionReward(job.reward, of_reward) as reward:
+    with ExitStack() as stack:
+        reward = None
+        if job.reward is not None:
+            reward = stack.enter_context(FunctionReward(job.reward, of_reward))
         engine = job.model
         if isinstance(engine, str):
-            engine = open_engine(engine, backend=job.backend, device=job.device, dtype=job.dtype)
+            opened = open_engine(engine, backend=job.backend, device=job.device, dtype=job.dtype)
+            engine = stack.enter_context(opened)
         metered = Metered(engine, progress, tell)
 
         def search(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from transformers import AutoConfig
 
 from rlalign.config.schema import ModelConfig, VllmConfig
 from rlalign.models.load import load_causal_lm, load_tokenizer, resolve_model_path
-from rlalign.rollout.search import SearchEngine
 from rlalign.rollout.search_hf import HFSearch
 from rlalign.testtime.errors import DecodeError
+
+if TYPE_CHECKING:
+    from rlalign.rollout.search_vllm import VllmSearch
 
 BACKENDS = ("hf", "vllm")
 CONTEXT = 4096  # of vLLM, whose cache must hold it, unless the model's is shorter
@@ -24,11 +28,11 @@ def open_engine(
     max_batch_size: int = 256,
     seed: int = 0,
     max_model_len: int | None = None,
-) -> SearchEngine:
+) -> HFSearch | VllmSearch:
     """The model in a folder, on the hub, or `mini:<task>` (whose weights `seed` keys), with its
-    tokenizer: by transformers in this process (hf), the exact reference, or by vLLM, the fast one,
-    which is to be closed (`with`). `max_model_len` is vLLM's longest sequence; None: the model's
-    own, at most 4096.
+    tokenizer: by transformers in this process (hf), the exact reference, or by vLLM, the fast one.
+    Close it in the end (`with`): one vLLM can live in a process. `max_model_len` is vLLM's longest
+    sequence; None: the model's own, at most 4096.
 
     Raises ModelError for a model that cannot be loaded, EngineError where vLLM cannot start,
     DecodeError for an unknown backend.

@@ -50,7 +50,7 @@ def make_prompt(
             )
         row = {name: value for name, value in given.items() if name not in (key, "id")}
         content = given[key]
-    name = str(given.get("id", index)) if isinstance(given, Mapping) else str(index)
+    name = prompt_id(given, index)
     if not isinstance(content, str) and _is_ids(content):
         ids, text = tuple(content), tokenizer.decode(list(content), skip_special_tokens=True)
     else:
@@ -60,6 +60,13 @@ def make_prompt(
     if not ids:
         raise DecodeError(f"prompt {name!r} has no tokens: the model needs something to go on from")
     return Prompt(name, ids, text, row)
+
+
+def prompt_id(given: Given, index: int) -> str:
+    """The id of a prompt, also of what is none."""
+    if isinstance(given, Prompt):
+        return given.id
+    return str(given.get("id", index)) if isinstance(given, Mapping) else str(index)
 
 
 def encode_user_turn(tokenizer: Any, text: str, chat: bool | None = None) -> tuple[int, ...]:

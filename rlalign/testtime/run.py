@@ -11,7 +11,7 @@ from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.search import Search, SearchEngine, run_searches
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.ledger import Ledger
-from rlalign.testtime.prompt import Given, Prompt, make_prompt
+from rlalign.testtime.prompt import Given, Prompt, make_prompt, prompt_id
 from rlalign.testtime.result import Result, failed_result
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def run_each(
                 (index, make_prompt(engine.tokenizer, given, index, chat=chat, system=system))
             )
         except RlalignError as error:
-            finish(index, failed_result(Prompt(str(index), (), ""), error))
+            finish(index, failed_result(Prompt(prompt_id(given, index), (), ""), error))
 
     def done(place: int, result: Result | RlalignError) -> None:
         index, prompt = ready[place]

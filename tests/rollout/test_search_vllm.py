@@ -25,6 +25,7 @@ from rlalign.rollout.search import Ascend, Choose, Draw, Drawn, Latents
 from rlalign.rollout.search_hf import HFSearch, read_head
 from rlalign.rollout.search_vllm import VllmSearch
 from rlalign.tasks.mini import get_mini_task
+from rlalign.testtime import FunctionReward, latent_seek, rain
 from rlalign.testtime.open_engine import open_engine
 from rlalign.testtime.prompt import make_prompt
 from tests.rollout.search_conformance import CHECKS, CLOSE, CONTEXT, Subject, write_model
@@ -169,21 +170,21 @@ def test_new_weights_are_in_draws_latents_and_the_head(mini, exact, questions):
         Draw(questions[0], GREEDY), Latents(questions[1], 1, 5), Choose(questions[2], (5, 6)),
     ]  # fmt: skip
     before, stream = mini.answer(requests), mini._stream
-    old = {name: weight.clone() for name, weight in exact._model.named_parameters()}
+    old = {name: weight.clone() for name, weight in exact.model.named_parameters()}
     rng = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for weight in exact._model.parameters():
+        for weight in exact.model.parameters():
             weight.add_(0.05 * torch.randn(weight.shape, generator=rng))
     try:
-        stream.update_weights(exact._model.named_parameters(), 1)
+        stream.update_weights(exact.model.named_parameters(), 1)
         got, want = mini.answer(requests), exact.answer(requests)
         assert got[0].ids == want[0].ids != before[0].ids
         torch.testing.assert_close(got[1], want[1], **CLOSE)
         torch.testing.assert_close(torch.tensor(got[2]), torch.tensor(want[2]), **CLOSE)
-        assert torch.equal(stream.head().weight_VD, read_head(exact._model).weight_VD)
+        assert torch.equal(stream.head().weight_VD, read_head(exact.model).weight_VD)
     finally:
         with torch.no_grad():
-            for name, weight in exact._model.named_parameters():
+            for name, weight in exact.model.named_parameters():
                 weight.copy_(old[name])
         stream.reset_weights()
     assert mini.answer(requests)[0] == before[0]
@@ -283,3 +284,27 @@ def test_a_closed_engine_says_so(adapted: Adapted, running: Running):
     engine.close()
     with pytest.raises(EngineError, match="closed"):
         engine.answer([Draw(IDS, GREEDY)])
+
+
+def test_whole_methods_give_the_same_results_as_on_transformers(mini, exact):
+    """At temperature 0, where nothing depends on an engine's own random numbers."""
+
+    def right(completions, answer):
+        return [-1.0 + (f">{a}<" in text) for text, a in zip(completions, answer, strict=True)]
+
+    def shares_digits(completions, answer):
+        pairs = zip(completions, answer, strict=True)
+        return [len(set(text) & set(a)) / len(set(a)) for text, a in pairs]
+
+    rows = get_mini_task("chain").make_rows("eval")[:12]
+    seek = {"rho": 0.6, "lr": 0.1, "max_steps": 6, "max_new_tokens": 48, "oracle": True}
+    tree = {"num_candidates": 1, "rollout_temperature": 0.0, "max_searches": 6, "min_fresh": 2}
+    for kind, options, judge in ((latent_seek, seek, right), (rain, tree, shares_digits)):
+        with FunctionReward(judge) as reward:
+            got, want = (kind(engine, rows, reward, **options) for engine in (mini, exact))
+        for one, other in zip(got, want, strict=True):
+            assert not one.error and one.token_ids == other.token_ids
+            assert (one.stop_reason, one.counters) == (other.stop_reason, other.counters)
+            assert one.num_generated_tokens == other.num_generated_tokens
+            assert one.num_prefill_tokens == other.num_prefill_tokens
+            assert one.reward == pytest.approx(other.reward)

@@ -58,7 +58,7 @@ def test_the_threshold_itself_is_refused(engine):
 @pytest.mark.parametrize(("rho", "start", "cap"), [(0.5, 0, 300), (0.29, 3, 300), (1.0, 15, 4)])
 def test_latents_are_those_that_the_greedy_tokens_come_from(engine, rho, start, cap):
     options = BOLD | {"rho": rho, "start_index": start, "max_latent_len": cap}
-    weight_VD = engine._model.get_output_embeddings().weight
+    weight_VD = engine.model.get_output_embeddings().weight
     lengths = set()
     for text in PROMPTS:
         recorder = Recorder(engine)
@@ -83,7 +83,7 @@ def test_an_answer_begins_with_what_the_latents_say_and_goes_on_greedily(engine,
     [result] = latent_seek(recorder, ["12+3=?"], Scored(hashed), **options)
     first, prompt = greedy_ids(engine, "12+3=?"), make_prompt(engine.tokenizer, "12+3=?")
     states = [reply.state.latent_ND for _, reply in recorder.of(Ascend)]
-    weight_VD = engine._model.get_output_embeddings().weight
+    weight_VD = engine.model.get_output_embeddings().weight
     prefix = first[:start] + tuple((states[-1] @ weight_VD.T).argmax(1).tolist())
     assert result.token_ids[: len(prefix)] == prefix
     rest = Draw(prompt.ids + prefix, greedy(20 - len(prefix)))

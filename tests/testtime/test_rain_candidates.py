@@ -31,7 +31,7 @@ def never(tokens: tuple[int, ...]) -> tuple[tuple[int, ...], bool]:
 def dense(engine, ids: tuple[int, ...], tokens: tuple[int, ...], top_k: int, tau: float) -> float:
     """The product of filtered probabilities, from the model's full logits in float64."""
     with torch.no_grad():
-        logits_TV = engine._model(torch.tensor([ids + tokens])).logits[0].double()
+        logits_TV = engine.model(torch.tensor([ids + tokens])).logits[0].double()
     p = 1.0
     for i, token in enumerate(tokens):
         row_V = logits_TV[len(ids) + i - 1] / tau
@@ -65,7 +65,7 @@ def test_single_tokens_are_the_likeliest_and_the_rest_is_kept(engine, tau):
     [request] = draws(PROMPT, 1, cfg, lambda i: i)
     children, reserve = read(engine.answer([request]), 1, cfg, never)
     with torch.no_grad():
-        row_V = engine._model(torch.tensor([PROMPT])).logits[0, -1].double()
+        row_V = engine.model(torch.tensor([PROMPT])).logits[0, -1].double()
     likely = row_V.topk(8).indices.tolist()
     assert [child.tokens[0] for child in children] == likely[:5]
     assert [candidate.tokens[0] for candidate in reserve] == likely[5:]

@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
-
-from safetensors import safe_open
 
 from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.hf import NOT_FINITE
 from rlalign.rollout.search_answers import climb
 from rlalign.rollout.server.search_messages import ascend_of, ascended, pack
 from rlalign.rollout.vllm_requests import capturing, choosing, chosen, scoring, sequence_logp
-from rlalign.rollout.vllm_weights import ADAPTER_FILE
 
 CONTINUED = 0x9E3779B97F4A7C15  # 2^64 / golden ratio: seeds of continuations are far apart
 
@@ -51,13 +46,8 @@ def read_output(stream: Any, message: dict[str, Any], output: Any) -> dict[str, 
 
 
 def climbed(stream: Any, message: dict[str, Any], adapter: Any) -> dict[str, Any]:
-    """What `done` says of an `ascend`. Raises EngineError for an adapter that changes the head."""
-    if adapter is not None and _changes_head(str(adapter.request.lora_path)):
-        raise EngineError(
-            "the job's adapter changes the language-model head, and latents climb under the base "
-            "model's: leave lm_head out of model.lora.target_modules"
-        )
-    head = stream.head()
+    """What `done` says of an `ascend`, under the head with the job's adapter on it."""
+    head = stream.head(adapter)
     return ascended(climb(ascend_of(message), head, head.weight_VD.device))
 
 
@@ -73,9 +63,3 @@ def _drawing(
     seed = (message["seed"] + len(drawn) * CONTINUED) % 2**63
     params = stream.sampling(replace(wanted, max_completion_length=left), seed)
     return [*message["ids"], *drawn], params
-
-
-@lru_cache(maxsize=64)
-def _changes_head(folder: str) -> bool:
-    with safe_open(Path(folder) / ADAPTER_FILE, "pt") as file:
-        return any("lm_head" in name for name in file.keys())  # noqa: SIM118
