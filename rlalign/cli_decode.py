@@ -148,6 +148,8 @@ def _run(
             raise typer.Exit(130) from None
     _show(method, summary.rows())
     err.print(escape(f"wrote {out}; rlalign report {out} makes a page of it"), soft_wrap=True)
+    if summary.records and all(record["error"] for record in summary.records):
+        raise typer.Exit(1)
 
 
 def _show(title: str, rows: list[tuple[str, str]]) -> None:

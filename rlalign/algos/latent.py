@@ -14,6 +14,7 @@ Shapes: N positions, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +39,29 @@ class Head:
 
     def _linear(self, latent_ND: Tensor) -> Tensor:
         wide = torch.promote_types(latent_ND.dtype, torch.float32)
-        weight_VD = self.weight_VD.to(wide)
-        logits_NV = latent_ND.to(wide) @ weight_VD.T
+        tiles = self._tiles(wide)
+        logits_NV = torch.cat([latent_ND.to(wide) @ tile_VD.T for tile_VD in tiles], -1)
         if self.bias_V is not None:
             logits_NV = logits_NV + self.bias_V.to(wide)
         return logits_NV * self.scale
+
+    def _tiles(self, wide: torch.dtype) -> Iterator[Tensor]:
+        """The weight in another dtype, in parts: a wide copy of the whole may not fit."""
+        if self.weight_VD.dtype == wide:
+            yield self.weight_VD
+            return
+        rows = max(1, CHUNK_BYTES // (4 * self.weight_VD.shape[1]))
+        for part_VD in self.weight_VD.split(rows):
+            yield part_VD.to(wide)
+
+    def _pulled(self, slope_NV: Tensor) -> Tensor:
+        """slope @ W, [N, D]."""
+        total_ND, start = slope_NV.new_zeros(len(slope_NV), self.weight_VD.shape[1]), 0
+        for tile_VD in self._tiles(slope_NV.dtype):
+            stop = start + len(tile_VD)
+            total_ND += slope_NV[:, start:stop] @ tile_VD
+            start = stop
+        return total_ND
 
     def _capped(self, linear_NV: Tensor) -> Tensor:
         return self.softcap * torch.tanh(linear_NV / self.softcap) if self.softcap else linear_NV
@@ -103,8 +122,7 @@ def _gradient(latent_ND: Tensor, tokens_N: Tensor, reward: float, head: Head) ->
     slope_NV.scatter_add_(1, tokens_N[:, None], torch.ones_like(slope_NV[:, :1]))
     if head.softcap:
         slope_NV *= 1 - torch.tanh(linear_NV / head.softcap) ** 2
-    grad_ND = (reward * head.scale) * (slope_NV @ head.weight_VD.to(slope_NV.dtype))
-    return grad_ND.to(latent_ND.dtype)
+    return ((reward * head.scale) * head._pulled(slope_NV)).to(latent_ND.dtype)
 
 
 def likeliest(latent_ND: Tensor, head: Head) -> Tensor:

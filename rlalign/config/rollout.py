@@ -88,7 +88,12 @@ class ServeConfig:
         "float32", "Of weights and activations.", choices=("float32", "bfloat16", "float16")
     )
     device: str = option("auto", "Where the engine runs.", choices=("auto", "cpu", "cuda"))
-    max_len: int = option(2048, "Longest sequence, prompt and completion, tokens.", ge=2)
+    max_len: int | None = option(
+        None,
+        "Longest sequence, prompt and completion, tokens; unset: the model's context, at most "
+        "2048.",
+        ge=2,
+    )
     num_threads: int = option(0, "Threads of the engine on a CPU; 0: torch's own.", ge=0)
     start_timeout_s: float = option(600.0, "Deadline of the engine's start, seconds.", gt=0)
     stall_s: float = option(

@@ -15,7 +15,7 @@ import huggingface_hub
 import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from rlalign.config.schema import ModelConfig
@@ -55,6 +55,16 @@ def resolve_model_path(path: str, seed: int) -> str:
         f"model.path {path!r}: there is no such folder, and it is no hub id (owner/name) and no "
         "mini:<task>. Check the path; mini:chain needs nothing"
     )
+
+
+def context_of(folder: str | Path, at_most: int) -> int:
+    """Tokens of the longest sequence of the model in a folder, at most so many. Raises ModelError
+    for a folder without a configuration."""
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except LOAD_ERRORS as error:
+        raise load_error("configuration", Path(folder), error) from error
+    return min(getattr(config, "max_position_embeddings", None) or at_most, at_most)
 
 
 def load_tokenizer(cfg: ModelConfig, seed: int = 0) -> PreTrainedTokenizerBase:

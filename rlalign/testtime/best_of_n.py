@@ -14,7 +14,7 @@ from rlalign.rollout.seeds import sample_seed
 from rlalign.testtime.ledger import Ledger
 from rlalign.testtime.prompt import Given, Prompt, plain_text
 from rlalign.testtime.result import Result, make_result
-from rlalign.testtime.rewards import Reward
+from rlalign.testtime.rewards import Reward, checked_reward
 from rlalign.testtime.run import IN_FLIGHT, longest, new_ledger, run_each, settings
 
 
@@ -35,7 +35,7 @@ def best_of_n(
 
     >>> best_of_n(engine, ["84-9+8=?"], reward, num_samples=4)                 # doctest: +SKIP
     """
-    cfg = settings(BestOfConfig, config, options)
+    cfg, reward = settings(BestOfConfig, config, options), checked_reward(reward)
     return run_each(
         engine,
         prompts,
@@ -61,7 +61,7 @@ def search(
         text=best.text,
         token_ids=best.drawn.ids,
         finish=best.drawn.finish,
-        stop_reason=ledger.over() if len(samples) < cfg.num_samples else "samples",
+        stop_reason=why_ended(ledger, samples, cfg),
         reward=best.reward,
         trace={
             "method": "best_of_n",
@@ -97,12 +97,19 @@ def draw_samples(
         first = len(samples)
         seeds = [sample_seed(cfg.seed, prompt.id, first + i, 0) for i in range(at_once)]
         drawn = yield from ledger.ask([Draw(prompt.ids, params, seed) for seed in seeds])
+        ledger.cuts(drawn, left, length)
         texts = [plain_text(engine.tokenizer, one.ids) for one in drawn]
         scores = [math.nan] * len(texts)
         if reward is not None:
             scores = yield from together([reward(prompt, text, ledger) for text in texts])
         samples += map(Sample, texts, drawn, scores)
     return samples
+
+
+def why_ended(ledger: Ledger, samples: Sequence[Sample], cfg: BestOfConfig) -> str:
+    """ "samples" where all were drawn, and whole; otherwise the budget."""
+    all_there = len(samples) == cfg.num_samples and not ledger.was_cut
+    return "samples" if all_there else ledger.over()
 
 
 def number(value: float) -> float | None:

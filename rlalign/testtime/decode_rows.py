@@ -76,7 +76,7 @@ def held_records(path: Path, method: str, resume: bool) -> list[Record]:
     Raises DecodeError for a file that is there without `resume`, and for one that holds anything
     else than records of `method`.
     """
-    if not path.exists():
+    if not path.exists() or path.stat().st_size == 0:
         return []
     if not resume:
         raise DecodeError(

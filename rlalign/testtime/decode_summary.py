@@ -50,6 +50,10 @@ class Summary:
         records = [record for record in self.records if not record["error"]]
         rows = [("problems", f"{len(self.records)}")]
         rows.append(("errors", f"{len(self.records) - len(records)}"))
+        errors = Counter(record["error"] for record in self.records if record["error"])
+        if errors:
+            [(reason, times)] = errors.most_common(1)
+            rows.append(("commonest error", f"{times} times: {reason}"))
         right = self._right()
         if right:
             knows = any(record["counters"].get("oracle") for record in records)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import OmegaConf
 
 from rlalign.config.load import parse
@@ -29,6 +30,7 @@ from rlalign.testtime.rewards import FunctionReward
 from rlalign.testtime.run import IN_FLIGHT
 
 OF_REWARD = "reward."  # begins overrides that are the reward's own
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +111,9 @@ def decode_text(
         return summary
     tell = on_progress or (lambda _: None)
 
+    good = [row for row in left if not row.problem]
     with (
-        opened(job, how, of_reward, progress, tell) as run,
+        opened(job, how, of_reward, good, progress, tell) as run,
         appending(Path(job.out)) as write,
     ):
 
@@ -126,7 +129,7 @@ def decode_text(
         for row in left:
             if row.problem:
                 finish(row, failed_result(Prompt(row.id, (), ""), TaskError(row.problem)))
-        run([row for row in left if not row.problem], settings, finish)
+        run(good, settings, finish)
     return summary
 
 
@@ -140,6 +143,14 @@ def check_job(job: TextJob, how: Method) -> None:
         raise DecodeError(f"{job.method} needs a small model and at least one expert, by name")
     if not how.models and (job.small or job.experts):
         raise DecodeError(f"{job.method} decodes with one model: leave out small and experts")
+    if job.in_flight < 1:
+        raise DecodeError(f"in_flight={job.in_flight}: at least 1 search must run")
+    if job.dtype not in DTYPES:
+        raise DecodeError(f"dtype={job.dtype!r}: choose one of {', '.join(DTYPES)}")
+    kind = job.device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        why = "this machine has no usable GPU" if kind == "cuda" else "choose cpu or cuda"
+        raise DecodeError(f"device={job.device!r}: {why}")
     if job.reward is None and any(item.startswith(OF_REWARD) for item in job.overrides):
         raise DecodeError("there are options of a reward, but no reward: name one")
 
@@ -162,6 +173,7 @@ def opened(
     job: TextJob,
     how: Method,
     of_reward: dict[str, Any],
+    good: Sequence[Row],
     progress: Progress,
     tell: Callable[[Progress], None],
 ) -> Iterator[Callable[[Sequence[Row], SearchConfig, Finish], None]]:
@@ -186,6 +198,8 @@ def opened(
         reward = None
         if job.reward is not None:
             reward = stack.enter_context(FunctionReward(job.reward, of_reward))
+            if prompts := as_prompts(good):
+                reward.check(set(prompts[0]) - {"id"})
         engine = job.model
         if isinstance(engine, str):
             opened = open_engine(engine, backend=job.backend, device=job.device, dtype=job.dtype)
@@ -194,12 +208,8 @@ def opened(
 
         def search(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
             prompts = as_prompts(rows)
-            if reward is not None and prompts:
-                reward.check(set(prompts[0]) - {"id"})
 
             def done(index: int, result: Result) -> None:
-                if reward is not None and reward.reads_answers:
-                    result.counters["oracle"] = 1
                 finish(rows[index], result)
 
             asked["in_flight"] = job.in_flight

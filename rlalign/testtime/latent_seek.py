@@ -185,7 +185,8 @@ class _Seeker:
             return "no_latents"
         self._num_latents = stop - start
         first.prefix = first.ids[:stop]
-        self._known[first.prefix] = first
+        if not self._ledger.counters["bad_rewards"]:
+            self._known[first.prefix] = first
         if over := self._ledger.over():
             return over
         return (yield from self._climb(first, start, stop))
@@ -215,6 +216,8 @@ class _Seeker:
             if same:
                 repeats += 1
                 ledger.counters["repeats"] += 1
+            # Without a memo the same beginning is judged anew, and the verdict may be another one.
+            if answer is current or (same and answer.reward == current.reward):
                 continue
             current = answer
             self._path.append(_Visit(step, current, repeats))
@@ -234,8 +237,10 @@ class _Seeker:
         if self._cfg.memo and prefix in self._known:
             return self._known[prefix], ""
         answer = yield from self._write(prefix)
+        bad = self._ledger.counters["bad_rewards"]
         over = yield from self._judge(answer)
-        self._known[prefix] = answer
+        if self._ledger.counters["bad_rewards"] == bad:  # a reward that failed may not fail again
+            self._known[prefix] = answer
         return answer, over
 
     def _write(self, prefix: tuple[int, ...]) -> Search[_Answer]:
@@ -245,8 +250,10 @@ class _Seeker:
         elif left < 1:
             ids, finish = prefix, FINISH_LENGTH
         else:
-            params = greedy(self._ledger.left(left))
-            [drawn] = yield from self._ledger.ask([Draw(self._prompt.ids + prefix, params)])
+            allowed = self._ledger.left(left)
+            request = Draw(self._prompt.ids + prefix, greedy(allowed))
+            [drawn] = yield from self._ledger.ask([request])
+            self._ledger.cuts([drawn], allowed, left)
             ids, finish = prefix + drawn.ids, drawn.finish
         self._ledger.counters["cut_off"] += finish == FINISH_LENGTH
         return _Answer(prefix, ids, finish, plain_text(self._engine.tokenizer, ids))
@@ -257,6 +264,8 @@ class _Seeker:
             return over
         if isinstance(self._reward, SelfVerification):
             verdict = yield from self._reward.verify(self._prompt, answer.text, self._ledger)
+            if self._ledger.was_cut:
+                return self._ledger.over()
             reward, answer.roles = verdict.reward, verdict.roles
         else:
             reward = yield from self._reward(self._prompt, answer.text, self._ledger)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rlalign.rollout.search import Choose, Draw, Drawn, Latents, Rate, Request, Search
+from rlalign.types import FINISH_LENGTH
 
 
 class Ledger:
@@ -21,6 +22,7 @@ class Ledger:
     def __init__(self, *, max_tokens: int = 0, max_wall_s: float = 0.0) -> None:
         self._max_tokens, self._max_wall_s = max_tokens, max_wall_s
         self._began = time.monotonic()
+        self.was_cut = False  # `max_tokens` ended a draw that would have gone on
         self.num_generated_tokens = 0
         self.num_prefill_tokens = 0  # of prompts sent, whether or not a cache held them
         self.num_engine_calls = 0
@@ -33,7 +35,7 @@ class Ledger:
 
     def over(self) -> str:
         """The budget that is used up, by its name; "": none."""
-        if self._max_tokens and self.num_generated_tokens >= self._max_tokens:
+        if self.was_cut or (self._max_tokens and self.num_generated_tokens >= self._max_tokens):
             return "max_tokens"
         if self._max_wall_s and self.wall_s >= self._max_wall_s:
             return "max_wall_s"
@@ -44,6 +46,13 @@ class Ledger:
         if not self._max_tokens:
             return wanted
         return max(1, min(wanted, self._max_tokens - self.num_generated_tokens))
+
+    def cuts(self, drawn: Iterable[Drawn], allowed: int, wanted: int) -> bool:
+        """Whether draws that got `allowed` tokens in place of `wanted` were cut off by the budget,
+        which is then used up."""
+        cut = allowed < wanted and any(one.finish == FINISH_LENGTH for one in drawn)
+        self.was_cut = self.was_cut or cut
+        return cut
 
     def ask(self, requests: Sequence[Request]) -> Search[list[Any]]:
         """The replies to a round, which is entered into the account."""

@@ -10,7 +10,7 @@ from typing import Any
 from rlalign.config.testtime import MajorityConfig
 from rlalign.rollout.search import Search, SearchEngine
 from rlalign.testtime.answers import canonical, make_extract
-from rlalign.testtime.best_of_n import Sample, draw_samples, number
+from rlalign.testtime.best_of_n import Sample, draw_samples, number, why_ended
 from rlalign.testtime.prompt import Given, Prompt
 from rlalign.testtime.result import Result, make_result
 from rlalign.testtime.rewards import Reward
@@ -73,7 +73,7 @@ def search(
         text=best.text,
         token_ids=best.drawn.ids,
         finish=best.drawn.finish,
-        stop_reason=ledger.over() if len(samples) < cfg.num_samples else "samples",
+        stop_reason=why_ended(ledger, samples, cfg),
         reward=None if reward is None else best.reward,
         trace={
             "method": "majority",

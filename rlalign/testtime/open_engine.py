@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from transformers import AutoConfig
-
 from rlalign.config.schema import ModelConfig, VllmConfig
-from rlalign.models.load import load_causal_lm, load_tokenizer, resolve_model_path
+from rlalign.models.load import context_of, load_causal_lm, load_tokenizer, resolve_model_path
 from rlalign.rollout.search_hf import HFSearch
 from rlalign.testtime.errors import DecodeError
 
@@ -51,12 +49,7 @@ def open_engine(
         folder,
         tokenizer,
         VllmConfig(max_num_seqs=max_batch_size, gpu_memory_utilization=GPU_SHARE, sleep_mode=False),
-        max_len=max_model_len or _context(folder),
+        max_len=max_model_len or context_of(folder, CONTEXT),
         dtype=dtype,
         device=device,
     )
-
-
-def _context(folder: str) -> int:
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    return min(getattr(config, "max_position_embeddings", None) or CONTEXT, CONTEXT)

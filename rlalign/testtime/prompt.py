@@ -52,10 +52,12 @@ def make_prompt(
         content = given[key]
     name = prompt_id(given, index)
     if not isinstance(content, str) and _is_ids(content):
+        if min(content, default=0) < 0:
+            raise DecodeError(f"prompt {name!r}: token ids begin at 0, this is {min(content)}")
         ids, text = tuple(content), tokenizer.decode(list(content), skip_special_tokens=True)
     else:
         messages = _messages(content, system, name)
-        text = messages[-1]["content"]
+        text = _as_read(messages)
         ids = _encode(tokenizer, messages, chat, name)
     if not ids:
         raise DecodeError(f"prompt {name!r} has no tokens: the model needs something to go on from")
@@ -86,6 +88,14 @@ def _is_ids(content: Any) -> bool:
     )
 
 
+def _as_read(messages: Sequence[Mapping[str, str]]) -> str:
+    """The question, or all turns of a dialogue with who speaks, but for the system's."""
+    turns = [turn for turn in messages if turn["role"] != "system"]
+    if len(turns) == 1:
+        return turns[0]["content"]
+    return "\n\n".join(f"{turn['role']}: {turn['content']}" for turn in turns or messages)
+
+
 def _messages(content: Any, system: str, name: str) -> list[dict[str, str]]:
     head = [{"role": "system", "content": system}] if system else []
     if isinstance(content, str):
@@ -110,7 +120,7 @@ def _encode(
     templated = bool(tokenizer.chat_template) if chat is None else chat
     if not templated:
         texts = [turn["content"] for turn in messages]
-        return tuple(tokenizer("\n\n".join(texts))["input_ids"])
+        return tuple(tokenizer("\n\n".join(texts), verbose=False)["input_ids"])
     if not tokenizer.chat_template:
         raise DecodeError("chat=true, but the model's tokenizer has no chat template: leave it out")
     try:
@@ -118,4 +128,4 @@ def _encode(
     except TemplateError as error:
         raise DecodeError(f"prompt {name!r}: the chat template refuses it: {error}") from error
     # The template has written the special tokens already: no second BOS.
-    return tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tuple(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

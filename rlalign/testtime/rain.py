@@ -93,6 +93,9 @@ def search(engine: SearchEngine, prompt: Prompt, scorer: Reward, cfg: RainConfig
     tree = Tree(cfg.trace_nodes)
     reason = yield from write(run, tree, last=cfg.on_fail != "restart")
     while reason == "restart":
+        if over := run.over():  # what is there is the best so far
+            reason = over
+            break
         run.ledger.counters["restarts"] += 1
         run.attempt += 1
         tree = Tree(cfg.trace_nodes)
@@ -142,7 +145,7 @@ def explore(run: Run, tree: Tree) -> Search[str]:
     if cfg.min_fresh == 0 and root.children and run.accepts_best(root):
         return ""
     while done < most or not root.children:
-        if over := run.over():
+        if (over := run.over()) and counters["searches"]:  # at least one, to have an answer
             return over
         left = cfg.max_total_searches - counters["searches"] if cfg.max_total_searches else most
         count = max(1, min(cfg.leaf_parallel, most - done, left))

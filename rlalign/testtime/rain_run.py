@@ -106,7 +106,10 @@ class Run:
     def score(self, text: str) -> Search[float]:
         """Of an answer so far, by the scorer; each text is scored once while it is remembered."""
         if text not in self._scores:
-            self._scores[text] = yield from self._scorer(self.prompt, text, self.ledger)
+            score = yield from self._scorer(self.prompt, text, self.ledger)
+            if math.isnan(score):  # what failed may not fail again
+                return score
+            self._scores[text] = score
             if len(self._scores) > SCORES:
                 self._scores.popitem(last=False)
         self._scores.move_to_end(text)

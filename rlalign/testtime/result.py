@@ -71,7 +71,7 @@ def make_result(
         token_ids=tuple(token_ids),
         finish=finish,
         stop_reason=stop_reason,
-        reward=reward,
+        reward=None if reward is None or math.isnan(reward) else reward,
         num_generated_tokens=ledger.num_generated_tokens,
         num_prefill_tokens=ledger.num_prefill_tokens,
         num_engine_calls=ledger.num_engine_calls,
@@ -82,7 +82,9 @@ def make_result(
     )
 
 
-def failed_result(prompt: Prompt, error: Exception) -> Result:
-    """The result for a prompt that could not be served."""
-    words = f"{type(error).__name__}: {error}"
-    return Result(prompt.id, "", (), "error", "error", None, 0, 0, 0, 0, 0.0, error=words)
+def failed_result(prompt: Prompt, error: Exception, ledger: Ledger | None = None) -> Result:
+    """The result for a prompt that could not be served, with what was spent on it."""
+    result = make_result(
+        prompt, ledger or Ledger(), text="", token_ids=(), finish="error", stop_reason="error"
+    )
+    return dataclasses.replace(result, error=f"{type(error).__name__}: {error}")

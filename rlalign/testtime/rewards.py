@@ -6,6 +6,7 @@ the engine's batches with everything else.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
@@ -14,8 +15,9 @@ from rlalign.config.schema import RewardsConfig, RewardSpec
 from rlalign.rewards.call import ANSWER_ALIASES, Call
 from rlalign.rewards.registry import make_runners
 from rlalign.rewards.scorer import check_columns
-from rlalign.rewards.verdict import Verdict
+from rlalign.rewards.verdict import RewardError, Verdict
 from rlalign.rollout.search import Rate, Search
+from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.ledger import Ledger
 from rlalign.testtime.prompt import Prompt
 
@@ -56,6 +58,12 @@ class FunctionReward:
         self._timeout_s = timeout_s
         [self._runner] = make_runners(config, given)
         self._takes = self._runner.start()
+        if "completion_ids" in self._takes.required:
+            self.close()
+            raise RewardError(
+                f"reward {name!r} reads completion_ids, and test-time methods score texts: count "
+                "in the text, or leave the parameter out"
+            )
 
     @property
     def reads_answers(self) -> bool:
@@ -63,11 +71,27 @@ class FunctionReward:
         return bool(self._takes.named & {*ANSWER_ALIASES})
 
     def __call__(self, prompt: Prompt, response: str, ledger: Ledger) -> Search[float]:
+        if self.reads_answers:
+            ledger.counters["oracle"] = 1  # its figures know the label
         [score] = yield from ledger.ask([Rate(self, prompt, response)])
         return score
 
-    def rate(self, items: Sequence[tuple[Prompt, str]]) -> list[float]:
-        """See `Rater`. What failed is NaN."""
+    def rate(self, items: Sequence[tuple[Prompt, str]]) -> list[float | RewardError]:
+        """See `Rater`. What failed is NaN; a prompt without a column that the function needs has
+        an error, and the others their scores."""
+        replies = [self._problem(prompt) for prompt, _ in items]
+        good = [item for item, reply in zip(items, replies, strict=True) if reply is None]
+        scores = iter(self._score(good) if good else ())
+        return [next(scores) if reply is None else reply for reply in replies]
+
+    def _problem(self, prompt: Prompt) -> RewardError | None:
+        try:
+            self.check(prompt.row)
+        except RewardError as error:
+            return error
+        return None
+
+    def _score(self, items: Sequence[tuple[Prompt, str]]) -> list[float]:
         columns = dict.fromkeys(name for prompt, _ in items for name in prompt.row)
         call = Call(
             prompts=[prompt.text for prompt, _ in items],
@@ -76,7 +100,6 @@ class FunctionReward:
             columns={name: [prompt.row.get(name) for prompt, _ in items] for name in columns},
             prompt_ids=[prompt.id for prompt, _ in items],
         )
-        self.check(columns)
         return [_value(verdict) for verdict in self._runner.score(call, self._timeout_s)]
 
     def check(self, columns: Iterable[str]) -> None:
@@ -91,6 +114,17 @@ class FunctionReward:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def checked_reward(reward: Any) -> Any:
+    """`reward`, if it can be one. Raises DecodeError for None, a name or a plain function."""
+    if reward is None:
+        raise DecodeError("best-of-n chooses by a reward: give one, e.g. FunctionReward('math')")
+    plain = callable(reward) and "completions" in inspect.signature(reward).parameters
+    if plain or not callable(reward):
+        shown = repr(reward) if isinstance(reward, str) else getattr(reward, "__name__", "it")
+        raise DecodeError(f"a reward is an object: wrap it, FunctionReward({shown})")
+    return reward
 
 
 def _value(verdict: Verdict) -> float:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from rlalign.config.load import parse
 from rlalign.errors import RlalignError
 from rlalign.rollout.engine import SamplingParams
-from rlalign.rollout.search import Search, SearchEngine, run_searches
+from rlalign.rollout.search import Request, Search, SearchEngine, run_searches
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.ledger import Ledger
 from rlalign.testtime.prompt import Given, Prompt, make_prompt, prompt_id
@@ -38,6 +39,10 @@ def run_each(
 ) -> list[Result]:
     """The result of a search for each prompt, in order. A prompt that cannot be served gives a
     result with `error`, and the others their own."""
+    if isinstance(prompts, str | Mapping):
+        raise DecodeError("prompts is a single one: give a list of prompts")
+    if in_flight < 1:
+        raise DecodeError(f"in_flight={in_flight}: at least 1 search must run")
     results: dict[int, Result] = {}
 
     def finish(index: int, result: Result) -> None:
@@ -57,11 +62,30 @@ def run_each(
     def done(place: int, result: Result | RlalignError) -> None:
         index, prompt = ready[place]
         good = isinstance(result, Result)
-        finish(index, result if good else failed_result(prompt, result))
+        finish(index, result if good else failed_result(prompt, result, ledgers[place]))
 
-    searches = [search(prompt) for _, prompt in ready]
+    ledgers = [Ledger() for _ in ready]
+    searches = [
+        _entered(search(prompt), ledger) for (_, prompt), ledger in zip(ready, ledgers, strict=True)
+    ]
     run_searches(engine, searches, in_flight=in_flight, on_done=done)
     return [results[index] for index in range(len(prompts))]
+
+
+def _entered(search: Search[Result], ledger: Ledger) -> Search[Result]:
+    """`search`, with an account that outlives an error in it."""
+    step: Callable[[], Sequence[Request]] = partial(next, search)
+    while True:
+        try:
+            requests = step()
+        except StopIteration as stop:
+            return stop.value
+        try:
+            replies = yield from ledger.ask(requests)
+        except RlalignError as error:
+            step = partial(search.throw, error)
+        else:
+            step = partial(search.send, replies)
 
 
 def longest(engine: SearchEngine, ids: Sequence[int], wanted: int) -> int:

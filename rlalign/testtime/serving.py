@@ -46,6 +46,7 @@ NUMBER = re.compile(r"(.+)-([1-9][0-9]{0,4})")  # of a method's name: best-of-8
 OPERATORS = ("embedder", "format_pattern")  # options that name files, or patterns that may hang
 LARGE = ("seed", "max_tokens", "max_new_tokens")  # whole numbers that are bounded elsewhere
 MAX_NUMBER = 65_536  # of the others: what a method makes a list of must fit into memory
+MAX_SAMPLES = 1024  # of a method that ends in a number
 NEUTRAL = {"temperature": 0, "top_p": 1, "top_k": 0}  # of a method that samples nothing
 ACCOUNT = (
     "stop_reason", "reward", "num_generated_tokens", "num_prefill_tokens", "num_engine_calls",
@@ -85,10 +86,10 @@ def _best_of_n(start: Start) -> Search[Result]:
 
 
 def _majority(start: Start) -> Search[Result]:
-    reward = start.reward
-    if start.judges:
-        reward = _verification(start, VerifierConfig())
-    return search_majority(start.engine, start.prompt, reward, start.cfg)
+    reward, cfg = start.reward, start.cfg
+    if start.judges:  # verdicts are from -1 to 0: as they are they would count nothing
+        reward, cfg = _verification(start, VerifierConfig()), dataclasses.replace(cfg, weight="exp")
+    return search_majority(start.engine, start.prompt, reward, cfg)
 
 
 def _latent_seek(start: Start) -> Search[Result]:
@@ -167,6 +168,8 @@ class ServedMethods:
         _leave_out_sampling(options, method, name)
         cfg = parse(method.config, {**options, **numbers})
         reward, judges = self._reward(method, asked.options.get("reward"), progress)
+        if numbers and max(numbers.values()) > MAX_SAMPLES:
+            raise DecodeError(f"{name}: a request may ask for {MAX_SAMPLES} samples at most")
         cfg = self._bounded(cfg, method.most(cfg, judges))
         columns = _columns(asked.options.get("columns"))
         text = plain_text(model.tokenizer, asked.ids) if asked.text is None else asked.text

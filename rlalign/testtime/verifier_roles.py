@@ -15,6 +15,7 @@ left out: end-of-turn tokens of the solution inside the question, and a second B
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -153,6 +154,8 @@ class SelfVerification:
             if self._cfg.cascade and -lost / total <= self._tau:
                 break
             verdicts = yield from self._ask(case, roles, ledger)
+            if ledger.was_cut:  # nobody knows what the rest of a reply would have said
+                return Verdict(math.nan, dict.fromkeys(said))
             for role, verdict in zip(roles, verdicts, strict=True):
                 said[role.name] = verdict
                 lost += 0 if verdict else self._weights[role]
@@ -167,7 +170,9 @@ class SelfVerification:
         return [list(group) for _, group in groupby(roles, key=lambda role: self._weights[role])]
 
     def _ask(self, case: _Case, roles: Sequence[Role], ledger: Ledger) -> Search[list[bool]]:
-        texts = self._draws(case, roles, ledger) if self._cfg.judge != "logprob" else []
+        texts: list[Draw] = []
+        if self._cfg.judge != "logprob":
+            texts = self._draws(case, roles, ledger)
         words = [self._choose(case, role) for role in roles] if self._cfg.judge != "text" else []
         requests: list[Request] = [*texts, *words]
         replies = yield from ledger.ask(requests)
@@ -175,7 +180,9 @@ class SelfVerification:
         if not texts:
             return likelier
         verdicts = []
-        for role, reply in zip(roles, replies, strict=False):
+        for role, draw, reply in zip(roles, texts, replies, strict=False):
+            allowed = draw.params.max_completion_length
+            ledger.cuts([reply], allowed, self._longest(draw.ids))
             told = self._read(case.questions[role.name], reply.ids)
             ledger.counters["unparsed"] += told is None
             verdicts.append(bool(told))
@@ -191,18 +198,22 @@ class SelfVerification:
             return official_verdict(plain_text(self._engine.tokenizer, question), told)
         return parse_verdict(told)
 
-    def _draws(self, case: _Case, roles: Sequence[Role], ledger: Ledger) -> list[Request]:
+    def _draws(self, case: _Case, roles: Sequence[Role], ledger: Ledger) -> list[Draw]:
         limit = self._cfg.max_new_tokens
         limit = max(1, ledger.left(limit * len(roles)) // len(roles))
         name = f"{case.prompt.id}\n{case.response}"  # a text has its verdict, whenever it is asked
-        draws: list[Request] = []
+        draws: list[Draw] = []
         for role in roles:
             ids = case.questions[role.name]
-            length = min(limit, self._engine.limits.max_len - len(ids))
+            length = min(limit, self._longest(ids))
             params = SamplingParams(length, temperature=self._cfg.temperature)
             seed = sample_seed(self._seed, name, ROLES.index(role), 0)
             draws.append(Draw(ids, params, seed))
         return draws
+
+    def _longest(self, ids: tuple[int, ...]) -> int:
+        """Tokens of a reply, if there is no budget."""
+        return min(self._cfg.max_new_tokens, self._engine.limits.max_len - len(ids))
 
     def _choose(self, case: _Case, role: Role) -> Request:
         shared, options = verdict_tokens(self._engine.tokenizer)

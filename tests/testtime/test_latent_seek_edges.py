@@ -182,10 +182,16 @@ def test_an_oracle_is_marked(engine):
         return [-float(a not in c) for a, c in zip(answer, completions, strict=True)]
 
     row = {"prompt": "zzzz", "answer": "no such thing"}
-    with FunctionReward(knows) as reward:
-        [marked] = latent_seek(engine, [row], reward, oracle=True, **BOLD)
-        [plain] = latent_seek(engine, [row], reward, **BOLD)
-    assert marked.counters["oracle"] == 1 and "oracle" not in plain.counters
+
+    def bare(prompts, completions, **columns):
+        return knows(prompts, completions, columns["answer"])
+
+    with FunctionReward(knows) as reward, FunctionReward(bare) as other:
+        [marked] = latent_seek(engine, [row], reward, **BOLD)
+        [told] = latent_seek(engine, [row], other, oracle=True, **BOLD)
+        [plain] = latent_seek(engine, [row], other, **BOLD)
+    assert marked.counters["oracle"] == told.counters["oracle"] == 1
+    assert "oracle" not in plain.counters
     assert marked.trace == plain.trace
 
 

@@ -161,11 +161,9 @@ def test_a_budget_gives_the_best_so_far(moods, budget):
     scorer = FunctionReward(pleasant)
     for result in rain(moods, rows(4), scorer, **budget):
         assert result.stop_reason == name and result.over_budget and not result.error
-        if name != "max_wall_s":
-            assert result.token_ids and result.reward == pleasant([""], [result.text])[0]
-            assert result.counters["searches"] <= 9 or name == "max_tokens"
-        else:
-            assert result.token_ids == ()
+        assert result.token_ids and result.reward == pleasant([""], [result.text])[0]
+        searches = {"max_total_searches": 9, "max_tokens": 10**6, "max_wall_s": 1}
+        assert 1 <= result.counters["searches"] <= searches[name]
         if name == "max_tokens":
             # At most what one search draws: ten sets of ten and a continuation.
             assert 150 <= result.num_generated_tokens <= 150 + 110
@@ -231,7 +229,7 @@ def test_what_is_embedded_is_what_each_node_of_the_path_began(moods, monkeypatch
 
 def test_a_scorer_without_an_answer_counts(engine):
     for result in ask(engine, TEXTS[:2], always(math.nan), max_new_tokens=4):
-        assert result.counters["unscored"] > 0 and math.isnan(result.reward)
+        assert result.counters["unscored"] > 0 and result.reward is None
 
 
 def test_options_that_make_no_sense_are_refused(engine):

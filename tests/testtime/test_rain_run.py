@@ -104,7 +104,7 @@ def test_scores_are_mapped_clipped_remembered_and_minus_one_where_there_is_none(
     run = Run(engine, Prompt("0", (5,), "Q"), scorer, RainConfig(score_range=[0.0, 1.0]))
     wanted = ["none", "low", "mid", "high", "mid", "none"]
     assert run_searches(engine, [run.value(text) for text in wanted]) == [-1, -1, 0.5, 1, 0.5, -1]
-    assert asked == ["none", "low", "mid", "high"] and run.ledger.counters["unscored"] == 2
+    assert asked == ["none", "low", "mid", "high", "none"] and run.ledger.counters["unscored"] == 2
 
 
 def test_nothing_is_embedded_where_nothing_needs_it(engine):

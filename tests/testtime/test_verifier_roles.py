@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 
@@ -258,8 +259,10 @@ def test_a_context_too_short_for_any_solution_is_an_error():
 def test_replies_share_what_a_budget_leaves():
     engine, ledger = saying(dict.fromkeys(NAMES, True)), Ledger(max_tokens=20)
     verdict = verify(engine, ledger=ledger)
-    assert ledger.num_generated_tokens == 20 and verdict.reward == -1
-    assert ledger.counters["unparsed"] == 4
+    assert ledger.num_generated_tokens == 20
+    # What a reply would have said is not known: no verdict, and the budget is used up.
+    assert math.isnan(verdict.reward) and set(verdict.roles.values()) == {None}
+    assert ledger.over() == "max_tokens"
 
 
 def test_a_drawn_reply_is_keyed_by_the_text_and_the_role():

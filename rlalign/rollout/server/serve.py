@@ -22,7 +22,7 @@ import uvicorn
 
 from rlalign.config.load import ConfigError
 from rlalign.config.schema import ServeConfig
-from rlalign.models.load import resolve_model_path
+from rlalign.models.load import context_of, resolve_model_path
 from rlalign.rollout.server.app import RolloutServer
 from rlalign.rollout.server.connection import (
     connection_path,
@@ -39,6 +39,7 @@ from rlalign.rollout.server.wire import HttpProtocol
 
 MEMORY = Path("/dev/shm")  # a file system in memory: weights go through it without a disk
 BACKLOG = 2048
+MAX_LEN = 2048  # tokens, where max_len is unset and the model's context is not shorter
 # An idle connection is the client's to close: closed by us as it sends, its request is lost. httpx
 # keeps one for 5 s, which is uvicorn's patience too.
 KEEP_ALIVE_S = 60
@@ -82,7 +83,7 @@ async def _run(
     setup = {
         "model": folder,
         "vllm": dataclasses.asdict(config.vllm),
-        "max_len": config.max_len,
+        "max_len": config.max_len or context_of(folder, MAX_LEN),
         "dtype": config.dtype,
         "device": device,
         "num_threads": config.num_threads,
