@@ -226,3 +226,19 @@ def test_a_search_can_be_driven_by_hand(engine):
     [result] = run_searches(engine, [search(engine, prompt, Scored(hashed), cfg)])
     [same_result] = latent_seek(engine, ["zzzz"], Scored(hashed), **BOLD)
     assert isinstance(result, Result) and same(result, same_result)
+
+
+def test_a_verdict_that_changes_counts_without_a_memory_and_a_failed_one_is_asked_again(engine):
+    """With one, a beginning has one verdict, unless it failed."""
+
+    def turning(first):
+        said = iter([first])
+        return Scored(lambda text: next(said, 0.0))
+
+    still = BOLD | {"lr": 1e-6}  # no token changes
+    [kept] = latent_seek(engine, ["zzzz"], turning(-1.0), **still)
+    assert kept.stop_reason == "max_steps" and kept.num_reward_calls == 1
+    [anew] = latent_seek(engine, ["zzzz"], turning(-1.0), memo=False, **still)
+    assert (anew.stop_reason, anew.reward, anew.num_reward_calls) == ("accepted", 0.0, 2)
+    [failed] = latent_seek(engine, ["zzzz"], turning(math.nan), **still)
+    assert (failed.stop_reason, failed.reward, failed.num_reward_calls) == ("accepted", 0.0, 2)

@@ -235,3 +235,10 @@ def test_a_scorer_without_an_answer_counts(engine):
 def test_options_that_make_no_sense_are_refused(engine):
     with pytest.raises(DecodeError):
         ask(engine, TEXTS, set_lengths=[])
+
+
+def test_a_budget_that_ends_with_a_tree_given_up_returns_what_is_there(engine):
+    options = {"on_fail": "restart", "max_searches": 12, "max_total_searches": 12}
+    [result] = ask(engine, TEXTS[:1], always(-1.0), max_new_tokens=8, **options)
+    assert result.token_ids and result.stop_reason == "max_total_searches"
+    assert result.counters["searches"] == 12
