@@ -7,11 +7,11 @@ import itertools
 import pytest
 import torch
 
+from rlalign.config.testtime import FusionConfig
 from rlalign.rollout import hf
-from rlalign.testtime import logit_fusion as module
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.fusion_models import FusedModel
-from rlalign.testtime.logit_fusion import logit_fusion
+from rlalign.testtime.logit_fusion import grid, logit_fusion
 from tests.testtime.fusion_cases import (
     PROMPTS,
     by_definition,
@@ -225,12 +225,10 @@ def test_options_that_do_not_go_together(large, small, expert):
 
 
 def test_a_refined_grid_has_ten_times_the_strengths():
-    plain, fine = (
-        module.grid(module.FusionConfig(alpha_refine=refine)) for refine in (False, True)
-    )
+    plain, fine = (grid(FusionConfig(alpha_refine=refine)) for refine in (False, True))
     assert plain == [round(i / 10, 10) for i in range(21)]
     assert fine == [round(i / 100, 10) for i in range(201)]
-    assert module.grid(module.FusionConfig(alpha_min=1.0, alpha_max=1.0)) == [1.0]
+    assert grid(FusionConfig(alpha_min=1.0, alpha_max=1.0)) == [1.0]
 
 
 @pytest.mark.slow
