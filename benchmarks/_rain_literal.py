@@ -1,5 +1,6 @@
-"""RAIN as it was published, for comparison: one prompt at a time, batches of one, no key-value
-cache (every token reads the whole prefix again), an embedding call a text.
+"""RAIN as it was published, for comparison: one prompt at a time, batches of one, an embedding call
+a text. Each candidate and each rollout reads the whole prefix again and then goes on from its own
+key-value cache, which nothing else uses.
 
 Rules are those of the published code, written anew from their description: a running range of q
 (inert here), unvisited children at -1, ties to the first, children of one token by id.
@@ -32,8 +33,9 @@ class Branch:
 
 
 class Literal:
-    """`score(text)` is the scorer, `embed(text)` one vector. `forwards` and `token_forwards` count
-    what the model reads, `generated` the tokens drawn."""
+    """`score(text)` is the scorer, `embed(text)` one vector. `forwards` counts the model's passes,
+    `token_forwards` the tokens they read (those in a cache are not read again), `generated` the
+    tokens drawn."""
 
     def __init__(
         self,
@@ -94,9 +96,11 @@ class Literal:
             tokens = tokens + node.tokens
         rolled: list[int] = []
         ends = self._ends(tokens)
+        ids, cache = prompt + tokens, None
         while not self._ends(tokens + rolled) and not self._at_boundary(prompt, tokens + rolled):
-            logits_V = self._logits(prompt + tokens + rolled)
+            logits_V, cache = self._read(ids, cache)
             rolled.append(self._draw(logits_V.softmax(-1)))
+            ids = rolled[-1:]
         value = self.score(self._text(tokens + rolled))
         if not ends:
             self._expand(node, root, prompt, tokens)
@@ -105,7 +109,7 @@ class Literal:
     def _expand(self, node: Branch, root: Branch, prompt: list[int], tokens: list[int]) -> None:
         length = min(LENGTHS[min(node.step, 3)], self.room - len(tokens))
         if length == 1:
-            p_V = self._logits(prompt + tokens).softmax(-1)
+            p_V = self._read(prompt + tokens)[0].softmax(-1)
             top = p_V.topk(self.q)
             sets = sorted((([i], p) for p, i in zip(*map(torch.Tensor.tolist, top), strict=True)),
                           key=lambda item: item[0])  # fmt: skip
@@ -124,9 +128,10 @@ class Literal:
             self._mix(node)
 
     def _sequence(self, ids: list[int], length: int, *, greedy: bool) -> tuple[list[int], float]:
-        tokens, p = [], 1.0
+        tokens, p, cache = [], 1.0, None
         while len(tokens) < length and (not tokens or tokens[-1] != self.eos):
-            top = self._logits(ids + tokens).topk(self.top_k)
+            logits_V, cache = self._read(tokens[-1:] or ids, cache)
+            top = logits_V.topk(self.top_k)
             p_K = top.values.softmax(-1)
             place = 0 if greedy else self._draw(p_K)
             tokens.append(int(top.indices[place]))
@@ -144,7 +149,7 @@ class Literal:
             return
         known = [child.tokens for child in node.children]
         if size == 1:
-            top = self._logits(ids).softmax(-1).topk(len(known) + 1)
+            top = self._read(ids)[0].softmax(-1).topk(len(known) + 1)
             found = [([int(i)], float(p)) for i, p in zip(top.indices, top.values, strict=True)]
         else:
             self._sequence(ids, size, greedy=True)
@@ -178,10 +183,12 @@ class Literal:
             child.p = 0.75 * child.p + 0.25 / len(root.children)
 
     @torch.no_grad()
-    def _logits(self, ids: list[int]) -> torch.Tensor:
+    def _read(self, ids: list[int], cache: Any = None) -> tuple[torch.Tensor, Any]:
+        """The next token's logits after `ids`, which follow what is in `cache`; and their cache."""
         self.forwards += 1
         self.token_forwards += len(ids)
-        return self.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+        out = self.model(input_ids=torch.tensor([ids]), past_key_values=cache, use_cache=True)
+        return out.logits[0, -1].float(), out.past_key_values
 
     def _draw(self, p_V: torch.Tensor) -> int:
         self.generated += 1

@@ -31,6 +31,7 @@ from torch import Tensor
 BLOCK_BYTES = 2**19  # of a temporary: it stays in a core's cache
 SMALLEST, LARGEST = 1e-20, 1e30  # sums of exponentials that lose nothing, in single precision too
 ROUNDING = 16  # a divergence below so many epsilons of the logits is none
+STILL = 4  # epsilons of what a tilt's divergence is the difference of; 1.6 were seen
 FIRST_GUESS = 1.0  # the strength at which a large model that is the small one moves as the expert
 
 
@@ -249,8 +250,8 @@ def bracket(
     is, infinity at those that cannot be smaller and were not looked at.
 
     `move_to(rows, strengths [rows, C])` gives the divergences [2, rows, C], none of which falls as
-    the strength grows; `moved_2KC` are those at `index_C`. Every row goes its own way, two
-    neighbours a round.
+    the strength grows (two strengths that move by the same, other than by 0, are not told apart);
+    `moved_2KC` are those at `index_C`. Every row goes its own way, two neighbours a round.
     """
     index_N = torch.arange(len(grid_N), device=grid_N.device)
     moved_2KN = target_2K.new_zeros(*target_2K.shape, len(grid_N))
@@ -269,6 +270,8 @@ def bracket(
         pair = _and_next(at, len(grid_N))
         moved_2KN[:, rows[:, None], pair] = move_to(rows, grid_N[pair])
         known_KN[rows[:, None], pair] = True
+    # Where a strength moves nothing, neither does the first, whether it was looked at or not.
+    known_KN[:, 0] |= (known_KN & (moved_2KN == 0).all(0)).any(-1)
     loss_KN = (moved_2KN - target_2K[..., None]).square().sum(0)
     return loss_KN.masked_fill_(~known_KN | loss_KN.isnan(), math.inf)
 
@@ -328,10 +331,14 @@ def _scan_pairs(
 
 
 def _divergences(start_2K: Tensor, moved_2K: Tensor, alpha: Tensor) -> Tensor:
-    """From `tilt` at strength 0 and at `alpha`."""
+    """From `tilt` at strength 0 and at `alpha`; 0 where they are rounding, so that strengths which
+    move nothing (a large model certain of its token, a log-ratio that is the same for all tokens it
+    may write) are equally good."""
     kappa = moved_2K[0] - start_2K[0]
-    # Rounding may leave them below 0, where they have no root.
-    return torch.stack([alpha * moved_2K[1] - kappa, kappa - alpha * start_2K[1]]).clamp_(min=0)
+    least, most = alpha * start_2K[1], alpha * moved_2K[1]  # kappa is between them
+    size = 1 + start_2K[0].abs() + least.abs() + most.abs()
+    moved_2K = torch.stack([most - kappa, kappa - least])
+    return torch.where(moved_2K < STILL * torch.finfo(size.dtype).eps * size, 0, moved_2K)
 
 
 def _block_size(x_BV: Tensor) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -20,6 +21,7 @@ from tests.kernels.test_ahead_of_time import spilled_bytes
 
 GRID = [round(0.1 * i, 10) for i in range(21)]
 FINE = [round(0.01 * i, 10) for i in range(201)]
+FEW = [0.0, 0.4, 0.9, 1.0, 1.7]
 BOUND = 30.0
 
 
@@ -128,6 +130,60 @@ def test_a_bracket_holds_the_minimum_of_any_growing_curves(steps, target):
     first = torch.tensor([1, 2])
     loss = bracket(move_to, torch.tensor(target)[:, None], grid, first, curve_2N[:, None, first])[0]
     assert loss.min() == table.min()
+
+
+def flat(kind, rows=12, vocab=40, dtype=torch.float64):
+    """Logits of a large model that no strength moves; "at first": none well below 4/3,
+    where another token takes over at once."""
+    large, small, expert = draw(rows, vocab)
+    rest = slice(5 if kind == "same ratio" else 1, None)
+    large[:, rest] -= math.inf if kind == "ruled out" else 1e4
+    if kind == "same ratio":  # for the five tokens it may write
+        expert[:, :5] = small[:, :5] + expert[:, 5:6] - small[:, 5:6]
+    if kind == "at first":
+        large[:, 3], small[:, 3], expert[:, 3] = large[:, 0] - 400, -600.0, -300.0
+        expert[:, 0] = small[:, 0]
+    large += torch.linspace(-30, 30, rows, dtype=large.dtype, device=DEVICE)[:, None]
+    return [x.to(dtype) for x in (large, small, expert)]
+
+
+def first_of_equals(large, small, expert, grid):
+    """The first index whose L is the smallest to rounding, by dense softmaxes in float64."""
+    m, s, e = (x.double().cpu().log_softmax(-1) for x in (large, small, expert))
+    may = m > -math.inf  # P_a has no other tokens
+    table = []
+    for a in grid:
+        p = (m + a * (e - s)).log_softmax(-1)
+        forward, backward = kl(p[may], m[may]) - kl(e, s), kl(m[may], p[may]) - kl(s, e)
+        table.append(forward**2 + backward**2)
+    return next(i for i, loss in enumerate(table) if loss <= min(table) * (1 + 1e-8))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("kind", "grid"),
+    [
+        *itertools.product(["certain", "ruled out", "same ratio"], [GRID, FINE, [1.2, 1.25]]),
+        *itertools.product(["certain", "at first"], [[0.3, 0.8, 1.7], [0.0, 1.7], FEW]),
+    ],
+)
+def test_of_strengths_that_move_nothing_the_first_is_taken(kind, grid, dtype):
+    large, small, expert = flat(kind, dtype=dtype)
+    move = measure(small, expert, BOUND)
+    assert (move.moved_2B > 0).all()
+    got = search(large, [move], grid, backend="torch").alpha_BT[:, 0]
+    rows = zip(large, small, expert, strict=True)
+    want = [grid[first_of_equals(*row, grid)] for row in rows]
+    assert got.tolist() == pytest.approx(want, abs=1e-6)
+    assert set(want) == {grid[0]}
+
+
+def test_of_experts_that_move_nothing_the_first_is_taken():
+    large, small, expert = flat("certain", dtype=torch.float32)
+    moves = [measure(small, x, BOUND) for x in (expert, expert.flip(0))]
+    for joint, want in ((False, [0.5, 0.0]), (True, [0.5, 0.5])):
+        choice = search(large, moves, [0.5, 1.0, 1.5], joint=joint, backend="torch")
+        assert choice.alpha_BT.tolist() == [want] * len(large)
 
 
 def test_few_strengths_are_looked_at(monkeypatch):

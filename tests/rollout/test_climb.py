@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlalign.algos.latent import Ascent, Head, LatentState, likeliest
-from rlalign.rollout import search_hf
+from rlalign.rollout import search_answers
 from rlalign.rollout.search import Ascend
 from rlalign.rollout.search_hf import climb
 
@@ -33,7 +33,7 @@ def test_drawn_tokens_are_distributed_as_the_moved_latents_say(monkeypatch):
     wanted_V = (moved.state.latent_ND[0] @ HEAD.weight_VD.T).softmax(-1)
     torch.testing.assert_close(share_V, wanted_V, rtol=0, atol=0.012)
     assert (moved.before_N == likeliest(same_rows(1), HEAD)).all()
-    monkeypatch.setattr(search_hf, "rows_at_once", lambda head: 77)
+    monkeypatch.setattr(search_answers, "rows_at_once", lambda head: 77)
     chunked = step(same_rows(num), seed=5, lr=0.1, optimizer="sgd", tokens="categorical")
     assert torch.equal(chunked.tokens_N, moved.tokens_N)
     other = step(same_rows(num), seed=6, lr=0.1, optimizer="sgd", tokens="categorical")

@@ -66,6 +66,20 @@ def by_definition(large, small, expert, prompt, count, grid=GRID):
     return tuple(ids[start:]), alphas
 
 
+def fused_probability(large, small, expert, ids, grid, *, top_p=1.0):
+    """What the next token is drawn from at temperature 1, float64 [V]."""
+    m, s, e = (next_logits(member, ids) for member in (large, small, expert))
+    p = (m + strength(m, s, e, grid) * (e - s)).softmax(-1)
+    order = p.argsort(descending=True).tolist()
+    kept, total = [], 0.0
+    while total < top_p and len(kept) < len(order):
+        kept.append(order[len(kept)])
+        total += float(p[kept[-1]])
+    inside = torch.zeros_like(p)
+    inside[kept] = p[kept]
+    return inside / inside.sum()
+
+
 def strides(*sizes):
     """ "ce=": five letters, from the sum of the two on by a stride that only the writer knows."""
 

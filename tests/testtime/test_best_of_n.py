@@ -95,6 +95,17 @@ def test_samples_of_a_prompt_depend_on_its_id_and_the_seed_alone():
     assert best_of_n(engine, rows, reward, seed=1, **options)[0].trace != together[0].trace
 
 
+def test_equal_prompts_of_two_ids_draw_otherwise():
+    def seeds(*ids):
+        engine = ScriptedEngine(lambda prompt, seed, temperature: "a")
+        given = [{"prompt": "q", "id": name} for name in ids]
+        best_of_n(engine, given, scored({}), num_samples=3)
+        return [request.seed for asked in engine.rounds for request in asked]
+
+    assert len(set(seeds("one", "two"))) == 6
+    assert seeds("two") == seeds("one", "two")[3:]  # whatever place it has
+
+
 def test_wrong_options_are_refused_and_a_bad_prompt_spares_the_others():
     engine = ScriptedEngine(lambda prompt, seed, temperature: "a")
     with pytest.raises(ConfigError, match="num_sample"):

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 
 import pytest
 import torch
 
+from rlalign.config.testtime import FusionConfig
 from rlalign.rollout import hf
-from rlalign.testtime import logit_fusion as module
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.fusion_models import FusedModel
-from rlalign.testtime.logit_fusion import logit_fusion
+from rlalign.testtime.logit_fusion import grid, logit_fusion
 from tests.testtime.fusion_cases import (
     PROMPTS,
+    TOKENIZER,
     by_definition,
+    fused_probability,
     greedy,
     random_member,
     strides,
@@ -153,6 +156,41 @@ def test_seeds_key_what_is_drawn(large, small, expert):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
+@pytest.mark.parametrize("top_p", [1.0, 0.7])
+@pytest.mark.parametrize("ahead", [0, 1])
+def test_what_is_drawn_is_distributed_as_the_fusion_says(large, small, expert, ahead, top_p):
+    """The first token and the one after it, which is drafted with `ahead`, against all pairs'
+    exact probabilities: chi-square over pairs with ten expected draws or more, and all others."""
+    num, coarse = 4000, [0.0, 0.5, 1.0, 1.5, 2.0]
+    fused = FusedModel(large, small, [expert], max_batch_size=num)
+    results = logit_fusion(
+        fused, [{"prompt": "abc", "id": str(i)} for i in range(num)], max_new_tokens=3,
+        temperature=1.0, alpha_step=0.5, top_p=top_p, speculate=ahead,
+    )  # fmt: skip
+    if ahead:
+        drafted, kept = (sum(r.counters[x] for r in results) for x in ("drafted", "kept"))
+        assert 0.1 * drafted < kept < 0.9 * drafted
+
+    def after(*more):
+        ids = [*TOKENIZER("abc")["input_ids"], *more]
+        return fused_probability(large, small, expert, ids, coarse, top_p=top_p).tolist()
+
+    expected = {}
+    for first, p in enumerate(after()):
+        if num * p >= 10 and first != TOKENIZER.eos_token_id:
+            expected |= {(first, second): num * p * q for second, q in enumerate(after(first))}
+    found = collections.Counter(result.token_ids[:2] for result in results)
+    if top_p < 1:
+        heads = {first for first, _ in expected}
+        assert all(expected[pair] > 0 for pair in found if pair[0] in heads)
+    often = [pair for pair, count in expected.items() if count >= 10]
+    pairs = [(found[pair], expected[pair]) for pair in often]
+    rest = tuple(num - sum(x) for x in zip(*pairs, strict=True))
+    chi_square = sum((n - e) ** 2 / e for n, e in [*pairs, rest])
+    assert len(pairs) > 20
+    assert chi_square < len(pairs) + 4 * (2 * len(pairs)) ** 0.5
+
+
 def test_the_account_counts_every_model(large, small, expert):
     fused = FusedModel(large, small, [expert])
     [result] = logit_fusion(fused, ["abc"], max_new_tokens=5)
@@ -225,12 +263,10 @@ def test_options_that_do_not_go_together(large, small, expert):
 
 
 def test_a_refined_grid_has_ten_times_the_strengths():
-    plain, fine = (
-        module.grid(module.FusionConfig(alpha_refine=refine)) for refine in (False, True)
-    )
+    plain, fine = (grid(FusionConfig(alpha_refine=refine)) for refine in (False, True))
     assert plain == [round(i / 10, 10) for i in range(21)]
     assert fine == [round(i / 100, 10) for i in range(201)]
-    assert module.grid(module.FusionConfig(alpha_min=1.0, alpha_max=1.0)) == [1.0]
+    assert grid(FusionConfig(alpha_min=1.0, alpha_max=1.0)) == [1.0]
 
 
 @pytest.mark.slow

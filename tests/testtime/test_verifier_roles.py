@@ -200,6 +200,14 @@ def test_a_cascade_ends_after_the_heavy_roles_when_one_of_them_disapproves():
     }
 
 
+@pytest.mark.parametrize(("tau", "rounds"), [(-2 / 6, [2]), (-2 / 6 - 1e-9, [2, 2])])
+def test_a_cascade_ends_at_tau_itself_which_is_refused(tau, rounds):
+    engine = saying(dict.fromkeys(NAMES, True) | {"answer_completeness": False})
+    verdict = verify(engine, cascade=True, tau=tau)
+    assert [len(asked) for asked in engine.rounds] == rounds
+    assert verdict.reward == -2 / 6
+
+
 def test_words_can_be_weighed_without_a_text():
     approves = dict(zip(NAMES, [True, False, True, False], strict=True))
     engine, ledger = saying(approves), Ledger()
