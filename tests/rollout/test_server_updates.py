@@ -117,9 +117,12 @@ def test_aborted_sequences_come_back_with_what_they_have(server, folder, tokeniz
             engine, server, lambda: engine.update_weights(weights(models[2]), 2, "abort")
         )
         samples = [sample for group in groups for sample in group]
-        assert {sample.finish_reason for sample in samples} == {FINISH_ABORT}
-        lengths = [len(sample.token_ids) for sample in samples]
+        ended = [sample for sample in samples if sample.finish_reason == FINISH_ABORT]
+        lengths = [len(sample.token_ids) for sample in ended]
         assert 0 in lengths and 0 < max(lengths) < LENGTH
+        # The first ones may be whole before the update has arrived.
+        whole = [sample for sample in samples if sample not in ended]
+        assert {len(sample.token_ids) for sample in whole} <= {LENGTH}
         assert set(versions(groups)) == {(), (1,)}
         check_tokens(groups, models)
         again = engine.generate(REQUESTS, PARAMS)
