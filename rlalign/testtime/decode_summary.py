@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -50,10 +51,13 @@ class Summary:
         records = [record for record in self.records if not record["error"]]
         rows = [("problems", f"{len(self.records)}")]
         rows.append(("errors", f"{len(self.records) - len(records)}"))
-        errors = Counter(record["error"] for record in self.records if record["error"])
+        errors = [record["error"] for record in self.records if record["error"]]
         if errors:
-            [(reason, times)] = errors.most_common(1)
-            rows.append(("commonest error", f"{times} times: {reason}"))
+            # Those that differ in a name or a number are one.
+            kinds = Counter(map(_kind, errors))
+            [(kind, times)] = kinds.most_common(1)
+            first = next(error for error in errors if _kind(error) == kind)
+            rows.append(("commonest error", f"{times} times, first: {first}"))
         right = self._right()
         if right:
             knows = any(record["counters"].get("oracle") for record in records)
@@ -81,3 +85,7 @@ class Summary:
     def _right(self) -> list[float]:
         known = (record.get("right") for record in self.records)
         return [float(right) for right in known if right is not None]
+
+
+def _kind(error: str) -> str:
+    return re.sub(r"'[^']*'|\d+", "", error)

@@ -16,6 +16,7 @@ from rlalign.rewards.verdict import RewardError
 from rlalign.tasks.mini import get_mini_task
 from rlalign.testtime.best_of_n import best_of_n
 from rlalign.testtime.decode_rows import dump, parse_shard, read_rows
+from rlalign.testtime.decode_summary import Summary
 from rlalign.testtime.decode_text import Progress, TextJob, decode_text
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.majority import majority
@@ -358,3 +359,14 @@ def test_an_interrupt_says_how_to_go_on(tmp_path, capsys, monkeypatch):
 def test_each_method_has_help_with_an_example(method, capsys, monkeypatch):
     status, out, _ = run(capsys, monkeypatch, "decode", method, "--help")
     assert status == 0 and f"rlalign decode {method}" in " ".join(out.split())
+
+
+def test_the_commonest_error_is_told_whatever_its_names_and_numbers():
+    errors = ["E: prompt 'a' has 5 tokens", "E: prompt 'b' has 7 tokens", "E: not JSON"]
+    summary = Summary([{**slim_record(), "error": error} for error in errors])
+    told = dict(summary.figures())["commonest error"]
+    assert told == f"2 times, first: {errors[0]}"
+
+
+def slim_record() -> dict[str, Any]:
+    return {"stop_reason": "error", "reward": None, "counters": {}}
