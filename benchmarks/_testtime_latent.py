@@ -10,8 +10,9 @@ the search reaches, not what a user gets, so its rows are compared with other or
 self reward is the share of `VOTERS` samples of the same question that end in the same answer,
 less one: no label. Samples are drawn once a question and count as tokens of the search.
 `random signs` keeps all of the search but the gradient, and has its own lr, which spends as many
-tokens. Best-of-N (oracle) and majority (no label) spend the tokens of a search on samples at
-temperature 1. Intervals: paired bootstrap over questions.
+tokens. Best-of-N (by the oracle, or by the self reward with its voters' tokens counted) and
+majority (no label) spend the tokens of a search on samples at temperature 1. Intervals: paired
+bootstrap over questions.
 """
 
 from __future__ import annotations
@@ -179,10 +180,10 @@ def quality(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         results = latent_seek(engine, given, reward, in_flight=num, **MINI | options)
         sides[side] = results, time.perf_counter() - began
 
-    def sample(side: str, reward: Reward, like: str) -> None:
+    def sample(side: str, reward: Reward, like: str, voters: int = 0) -> None:
         began = time.perf_counter()
         results = best_of_n(
-            engine, given, reward, num_samples=_count(sides[like][0], greedy_tokens),
+            engine, given, reward, num_samples=_count(sides[like][0], greedy_tokens) - voters,
             max_new_tokens=MINI["max_new_tokens"], in_flight=num,
         )  # fmt: skip
         sides[side] = results, time.perf_counter() - began
@@ -195,6 +196,7 @@ def quality(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         sample("best of N, oracle", knows, "LatentSeek, oracle")
     # An answer is accepted when all voters end in it.
     seek("LatentSeek, self", Agreement(engine), tau=-1 / (2 * VOTERS))
+    sample("best of N, self", Agreement(engine), "LatentSeek, self", VOTERS)
     rows = [_row(side, *found, given, sides["greedy"][0]) for side, found in sides.items()]
     for like in ("LatentSeek, oracle", "LatentSeek, self"):
         count = _count(sides[like][0], greedy_tokens)

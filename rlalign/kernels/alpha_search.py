@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_BYTES = 2**19  # of a temporary: it stays in a core's cache
+BLOCK_BYTES = 2**18  # of a temporary: it and what it comes from stay in a core's cache
 SMALLEST, LARGEST = 1e-20, 1e30  # sums of exponentials that lose nothing, in single precision too
 ROUNDING = 16  # a divergence below so many epsilons of the logits is none
 STILL = 4  # epsilons of what a tilt's divergence is the difference of; 1.6 were seen
@@ -61,13 +61,10 @@ def measure(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
     NaN for its divergences.
     """
     delta_BV = torch.empty_like(small_BV)
-    moved_2B = small_BV.new_empty(2, len(small_BV))
-    size = _block_size(small_BV)
-    for at in range(0, len(small_BV), size):
-        rows = slice(at, at + size)
-        moved_2B[:, rows] = _measure(small_BV[rows], expert_BV[rows], delta_BV[rows])
+    total_2B, moment_2B = _measure(small_BV, expert_BV, delta_BV)
+    moved_2B = _beyond_rounding(_two_ways(moment_2B / total_2B), total_2B.log())
     bounded_B = torch.zeros(len(small_BV), dtype=torch.long, device=small_BV.device)
-    odd = (~moved_2B.isfinite().all(0)).nonzero()[:, 0]
+    odd = (_unsafe(total_2B) | ~moved_2B.isfinite()).any(0).nonzero()[:, 0]
     if len(odd):
         delta_BV[odd], moved_2B[:, odd], bounded_B[odd] = _bounded(
             small_BV[odd], expert_BV[odd], bound
@@ -130,60 +127,83 @@ def tilt(
 ) -> Tensor:
     """log sum_v e^(M + aD), which is k(a) and a constant, and k'(a), of rows `rows_K` (ascending;
     None: all) at C strengths each, [2, K, C]. Reading the rows costs more than a strength does."""
-    out_2KC = large_BV.new_empty(2, *alpha_KC.shape)
-    size = _block_size(large_BV)
+    alpha_CK = alpha_KC.T.contiguous()
+    sums_2CK = large_BV.new_empty(2, *alpha_CK.shape)
+    size = min(_block_size(large_BV), max(1, len(alpha_KC)))
     if rows_K is not None and len(rows_K) == len(large_BV):
         rows_K = None
+    work = large_BV.new_empty(1 if rows_K is None else 3, size, large_BV.shape[-1])
     for at in range(0, len(alpha_KC), size):
         block = slice(at, at + size)
+        x, *copies = work[:, : len(alpha_KC) - at]
         if rows_K is None:
             large, delta = large_BV[block], delta_BV[block]
         else:
-            large, delta = (x.index_select(0, rows_K[block]) for x in (large_BV, delta_BV))
-        for column, alpha in enumerate(alpha_KC[block].unbind(-1)):
-            out_2KC[0, block, column], out_2KC[1, block, column] = _tilt(large, delta, alpha)
-    return out_2KC
+            large, delta = copies
+            torch.index_select(large_BV, 0, rows_K[block], out=large)
+            torch.index_select(delta_BV, 0, rows_K[block], out=delta)
+        for column, alpha_K in enumerate(alpha_CK):
+            torch.addcmul(large, delta, alpha_K[block, None], out=x).exp_()
+            torch.sum(x, -1, out=sums_2CK[0, column, block])
+            torch.sum(x.mul_(delta), -1, out=sums_2CK[1, column, block])
+    total_CK, moment_CK = sums_2CK
+    out_2CK = torch.stack([total_CK.log(), moment_CK / total_CK])
+    column, row = _unsafe(total_CK).nonzero(as_tuple=True)
+    if len(row):
+        at = row if rows_K is None else rows_K[row]
+        out_2CK[:, column, row] = _safe_tilt(large_BV[at], delta_BV[at], alpha_CK[column, row])
+    return out_2CK.mT
 
 
-def _tilt(large_KV: Tensor, delta_KV: Tensor, alpha_K: Tensor) -> tuple[Tensor, Tensor]:
-    top_K = torch.zeros_like(alpha_K)
+def _safe_tilt(large_KV: Tensor, delta_KV: Tensor, alpha_K: Tensor) -> Tensor:
+    """`tilt` of every row at its strength, [2, K], whatever the size of the logits."""
     x_KV = torch.addcmul(large_KV, delta_KV, alpha_K[:, None])
-    total_K = x_KV.exp_().sum(-1)
-    if not bool(((total_K > SMALLEST) & (total_K < LARGEST)).all()):
-        x_KV = torch.addcmul(large_KV, delta_KV, alpha_K[:, None])
-        top_K = x_KV.amax(-1)
-        total_K = x_KV.sub_(top_K[:, None]).exp_().sum(-1)
-    return total_K.log() + top_K, x_KV.mul_(delta_KV).sum(-1) / total_K
+    weight_KV = x_KV.softmax(-1)
+    return torch.stack([x_KV.logsumexp(-1), weight_KV.mul_(delta_KV).sum(-1)])
+
+
+def _unsafe(total: Tensor) -> Tensor:
+    """Whether exponentials that were summed may have lost something, or are not numbers. Most rows
+    are safe, and to look for their largest logit first would take a pass over them."""
+    return ~((total > SMALLEST) & (total < LARGEST))
 
 
 def _measure(small_BV: Tensor, expert_BV: Tensor, delta_BV: Tensor) -> Tensor:
-    """Writes the log-ratio into `delta_BV`; the divergences [2, B]."""
-    weight, total_2B, lse_2B = [], [], []
-    for x_BV in (expert_BV, small_BV):
-        top_B = x_BV.amax(-1)
-        weight.append((x_BV - top_B[:, None]).exp_())
-        total_2B.append(weight[-1].sum(-1))
-        lse_2B.append(total_2B[-1].log() + top_B)
-    torch.sub(expert_BV, small_BV, out=delta_BV).sub_((lse_2B[0] - lse_2B[1])[:, None])
-    forward_B, backward_B = (
-        x.mul_(delta_BV).sum(-1) / total for x, total in zip(weight, total_2B, strict=True)
-    )
-    return _beyond_rounding(torch.stack([forward_B, -backward_B]), torch.stack(lse_2B))
+    """Writes the log-ratio D into `delta_BV`; the sums of e^logit and of D e^logit [2, 2, B], each
+    of the expert and of its base."""
+    sums_22B = small_BV.new_empty(2, 2, len(small_BV))
+    size = min(_block_size(small_BV), max(1, len(small_BV)))
+    work_2RV = small_BV.new_empty(2, size, small_BV.shape[-1])
+    for at in range(0, len(small_BV), size):
+        block = slice(at, at + size)
+        small, expert, delta = small_BV[block], expert_BV[block], delta_BV[block]
+        weights = work_2RV[:, : len(small)]
+        torch.exp(expert, out=weights[0])
+        torch.exp(small, out=weights[1])
+        total_2R = torch.sum(weights, -1, out=sums_22B[0, :, block])
+        shift_R = (total_2R[0] / total_2R[1]).log_()
+        torch.sub(expert, small, out=delta).sub_(shift_R[:, None])
+        torch.sum(weights.mul_(delta), -1, out=sums_22B[1, :, block])
+    return sums_22B
+
+
+def _two_ways(mean_2B: Tensor) -> Tensor:
+    """The divergences, from the means of D under the expert and under its base."""
+    return torch.stack([mean_2B[0], -mean_2B[1]])
 
 
 def _bounded(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
-    """As `measure`, where tokens may be ruled out."""
+    """As `measure`, where tokens may be ruled out, and for logits of any size."""
+    lse_2B = torch.stack([expert_BV.logsumexp(-1), small_BV.logsumexp(-1)])
     small_BV, expert_BV = small_BV.log_softmax(-1), expert_BV.log_softmax(-1)
     out_of_small, out_of_expert = small_BV == -math.inf, expert_BV == -math.inf
     small = torch.where(out_of_small, expert_BV - bound, small_BV)
     expert = torch.where(out_of_expert, small_BV - bound, expert_BV)
     small_BV, expert_BV = small.log_softmax(-1), expert.log_softmax(-1)
     delta_BV = (expert_BV - small_BV).masked_fill_(out_of_small & out_of_expert, 0)
-    forward_B = (expert_BV.exp() * delta_BV).sum(-1)
-    backward_B = -(small_BV.exp() * delta_BV).sum(-1)
+    mean_2B = torch.stack([(x.exp() * delta_BV).sum(-1) for x in (expert_BV, small_BV)])
     bounded_B = (out_of_small ^ out_of_expert).sum(-1)
-    moved_2B = torch.stack([forward_B, backward_B])
-    return Move(delta_BV, _beyond_rounding(moved_2B, torch.zeros_like(moved_2B)), bounded_B)
+    return Move(delta_BV, _beyond_rounding(_two_ways(mean_2B), lse_2B), bounded_B)
 
 
 def _beyond_rounding(moved_2B: Tensor, lse_2B: Tensor) -> Tensor:

@@ -345,6 +345,26 @@ def test_a_row_that_is_no_distribution_stays_alone(which, value):
     assert not got.alpha_BT[2].any()
 
 
+@pytest.mark.parametrize("shift", [-200.0, -60.0, 60.0, 200.0])
+@pytest.mark.parametrize("of", [0, 1, 2], ids=["large", "small", "expert"])
+def test_rows_of_any_size_among_others(of, shift, monkeypatch):
+    # Sums of exponentials that leave the range of single precision, in some rows of a block.
+    monkeypatch.setattr(alpha_search, "BLOCK_BYTES", 3 * 50 * 4)
+    exact = draw(8, 50)
+    move = measure(exact[1], exact[2], BOUND)
+    rows = torch.tensor([1, 2, 4, 5, 7], device=DEVICE)
+    alpha_KC = torch.tensor([0.0, 0.7, 2.0], dtype=torch.float64, device=DEVICE).repeat(5, 1)
+    wanted = tilt(exact[0], move.delta_BV, alpha_KC, rows)
+    rough = [x.float() for x in exact]
+    rough[of][[2, 4, 6]] += shift
+    found = measure(rough[1], rough[2], BOUND)
+    tilted = tilt(rough[0], found.delta_BV, alpha_KC.float(), rows)
+    wanted[0, [1, 2]] += shift * (of == 0)
+    torch.testing.assert_close(tilted.double(), wanted, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found.moved_2B.double(), move.moved_2B, rtol=1e-2, atol=1e-3)
+    assert not found.bounded_B.any()
+
+
 def test_probabilities_that_underflow():
     """Logits hundreds apart, which no float32 probability holds."""
     large, small, expert = draw(20, 100, dtype=torch.float32, spread=200.0)
