@@ -18,12 +18,9 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _moods import open_moods, pleasant, rows
 from _rain_literal import Literal
 

@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _train_spec import TrainSpec, matmul_flops_per_s, peak_rss_bytes
 
 PARTS = ("rollout", "reward", "logp", "backward", "step", "sync")

@@ -16,7 +16,6 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _train_reward import reward
 from _train_spec import TrainSpec, matmul_flops_per_s, peak_rss_bytes
 

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _serving import serving
 
 CONFIG = Path(__file__).resolve().parent.parent / "configs" / "grpo" / "mini.yaml"

@@ -19,12 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-import rlalign
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _mixed import CONFIG, QUIET, make_mixed
 from _variance import lemma, trained
+
+import rlalign
 
 STEPS, EVERY, REPEATS = 30, 5, 16
 

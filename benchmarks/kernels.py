@@ -19,14 +19,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _kernel_peers import Peer, candidates
+from torch import Tensor
 
 
 class Shape(NamedTuple):

@@ -6,17 +6,13 @@ from __future__ import annotations
 
 import platform
 import statistics
-import sys
 import threading
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 from _serving import serving
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlalign.config.schema import LoraConfig, ServerConfig
 from rlalign.models.load import resolve_model_path

@@ -20,12 +20,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from _train_spec import TrainSpec, step_flops, summary, write_model
+
+from rlalign.trainer.distributed import LAUNCHER_VARIABLES
+
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-from _train_spec import TrainSpec, step_flops, summary, write_model  # noqa: E402
-
-from rlalign.trainer.distributed import LAUNCHER_VARIABLES  # noqa: E402
-
 SETTINGS = {
     "equal": TrainSpec(lengths="equal", max_completion_length=64),
     "natural": TrainSpec(lengths="natural", max_completion_length=128),

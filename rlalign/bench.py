@@ -31,14 +31,27 @@ def names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.py") if not path.stem.startswith("_"))
 
 
-def run(name: str, *, quick: bool = False, json_path: Path | None = None) -> dict[str, Any]:
-    """Run benchmark `name`; `quick` takes fewer repetitions. The result is also written to
-    `json_path`. Raises BenchError for an unknown name or outside a source checkout."""
+def load(name: str) -> ModuleType:
+    """The script of benchmark `name`, imported. Raises BenchError for an unknown name or outside a
+    source checkout."""
     path = FOLDER / f"{name}.py"
-    if not path.is_file():
+    if name not in names():
         known = ", ".join(names()) or f"none: {FOLDER} is not there, run from a source checkout"
         raise BenchError(f"no benchmark {name!r}; there are: {known}")
-    result = _load(path).run(quick=quick)
+    spec = importlib.util.spec_from_file_location(f"rlalign_benchmarks_{name}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    if str(FOLDER) not in sys.path:
+        sys.path.append(str(FOLDER))  # where a benchmark's parts lie, as if it were run as a script
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(name: str, *, quick: bool = False, json_path: Path | None = None) -> dict[str, Any]:
+    """Run benchmark `name`; `quick` takes fewer repetitions. The result is also written to
+    `json_path`. Raises BenchError as `load`."""
+    result = load(name).run(quick=quick)
     if json_path is not None:
         json_path.write_text(json.dumps(result, indent=2) + "\n")
     return result
@@ -63,15 +76,6 @@ def render(result: Mapping[str, Any]) -> Group:
         holds = "[green]yes[/green]" if bar["holds"] else "[red]no[/red]"
         bars.add_row(bar["what"], _text(bar["value"]), _text(bar["bar"]), holds)
     return Group(figures, bars)
-
-
-def _load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"rlalign_benchmarks_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def _text(value: Any) -> str:
