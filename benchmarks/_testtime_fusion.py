@@ -35,8 +35,9 @@ from rlalign.models.warm_start import warm_start
 from rlalign.rollout.hf_fast import FastDecoder
 from rlalign.tasks.chain import TASK
 from rlalign.tasks.mini import WarmStart
-from rlalign.testtime.fusion_models import FusedModel, open_fusion
+from rlalign.testtime.fusion_models import FusedModel
 from rlalign.testtime.logit_fusion import logit_fusion
+from rlalign.testtime.open_fusion import open_fusion
 
 GRID = [round(0.1 * i, 10) for i in range(21)]
 SHARE = 0.02  # bar: of a step that the search may take

@@ -98,6 +98,7 @@ def logit_fusion(
     resume: Resume = False,
     chat: Chat = None,
     system: System = "",
+    backend: Backend = "hf",
     device: Device = "cpu",
     dtype: Dtype = "float32",
 ) -> None:
@@ -107,7 +108,7 @@ def logit_fusion(
     --input rows.jsonl --output out.jsonl`
     """
     given = {"config": config, "num": num, "shard": shard, "extract": extract, "resume": resume}
-    given |= {"chat": chat, "system": system, "device": device, "dtype": dtype}
+    given |= {"chat": chat, "system": system, "backend": backend, "device": device, "dtype": dtype}
     given |= {"small": small, "experts": tuple(expert)}
     _run("logit-fusion", model, input, output, options, given)
 

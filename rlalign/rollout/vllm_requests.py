@@ -56,6 +56,11 @@ def capturing(start: int) -> Any:
     )
 
 
+def following(max_tokens: int) -> Any:
+    """To append tokens that are chosen elsewhere (vllm_choose.py)."""
+    return _vllm_params(temperature=0.0, max_tokens=max_tokens)
+
+
 def sampled_logp(logprobs: Any) -> list[float]:
     """Log-probs of the tokens that were sampled, from a completion's `logprobs`."""
     if len(logprobs.logprobs) == len(logprobs):

@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_DO_NOT_TRACK": "1",
 }
+FIRST_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 DEFAULT_ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "ERROR"}  # unless the user asks for more
 IGNORED_ENVIRONMENT = ("VLLM_CPU_KVCACHE_SPACE",)  # would override kv_cache_gib without a word
 KNOWN_VLLM = "0.32."  # whose inner parts vllm_decode_cpu.py and vllm_norm_cpu.py replace
@@ -46,15 +47,25 @@ CPU_BATCHED_TOKENS = 8192  # prompt tokens of one step
 
 
 def start(
-    model_path: str, cfg: VllmConfig, *, dtype: str, max_model_len: int, seed: int, device: str
+    model_path: str,
+    cfg: VllmConfig,
+    *,
+    dtype: str,
+    max_model_len: int,
+    seed: int,
+    device: str,
+    in_turn: bool = False,
 ) -> LLMEngine:
-    """A vLLM engine in this process that takes and gives token ids only.
+    """A vLLM engine in this process that takes and gives token ids only. `in_turn`: each step is
+    over before the next begins, and vLLM's first runner runs them (vllm_choose.py).
 
     Raises EngineError when vLLM is missing, was built for another device, or cannot start.
     """
     _check_machine(device)
     options = _cpu_options(cfg, max_model_len) if device == "cpu" else _gpu_options(cfg)
-    with _process_kept(), rng_kept(device), eager(device, cfg):
+    if in_turn:
+        options |= {"async_scheduling": False}
+    with _process_kept(FIRST_RUNNER if in_turn else {}), rng_kept(device), eager(device, cfg):
         from vllm import EngineArgs, envs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
@@ -247,12 +258,13 @@ def _start_failure(error: Exception, model_path: str, device: str) -> str:
 
 
 @contextlib.contextmanager
-def _process_kept() -> Iterator[None]:
-    """Put back the environment, Python's and NumPy's random generators, and torch's threads."""
+def _process_kept(more: dict[str, str]) -> Iterator[None]:
+    """Put back the environment, Python's and NumPy's random generators, and torch's threads. `more`
+    is in the environment too."""
     environment = dict(os.environ)
     threads, set_num_threads = torch.get_num_threads(), torch.set_num_threads
     python_state, numpy_state = random.getstate(), np.random.get_state()
-    os.environ |= ENVIRONMENT
+    os.environ |= ENVIRONMENT | more
     for name, value in DEFAULT_ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     for name in IGNORED_ENVIRONMENT:
@@ -270,7 +282,7 @@ def _process_kept() -> Iterator[None]:
 
 
 def _restore_environment(before: dict[str, str]) -> None:
-    ours = {*ENVIRONMENT, *DEFAULT_ENVIRONMENT, *IGNORED_ENVIRONMENT}
+    ours = {*ENVIRONMENT, *FIRST_RUNNER, *DEFAULT_ENVIRONMENT, *IGNORED_ENVIRONMENT}
     for name in set(os.environ) | set(before):
         if name.startswith("VLLM_") and name not in ours:
             continue  # notes that vLLM leaves to itself

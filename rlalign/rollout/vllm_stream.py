@@ -20,7 +20,7 @@ import torch
 
 from rlalign.algos.latent import Head
 from rlalign.config.schema import VllmConfig
-from rlalign.rollout import vllm_requests, vllm_start, vllm_weights
+from rlalign.rollout import vllm_choose, vllm_requests, vllm_start, vllm_weights
 from rlalign.rollout.engine import EngineError, SamplingParams
 from rlalign.rollout.hf import eos_token_ids
 from rlalign.rollout.limits import Limits
@@ -51,7 +51,8 @@ class VllmStream:
     """vLLM on a CPU or a GPU. One can live in a process at a time.
 
     `dtype` is that of weights and activations, `max_len` the longest sequence. Until the first
-    `update_weights` the version is 0 with an empty digest: nothing was received.
+    `update_weights` the version is 0 with an empty digest: nothing was received. With `choose` that
+    gives every next token from vLLM's logits, in place of its sampler (vllm_choose.py).
 
     >>> stream = VllmStream(path, tokenizer, VllmConfig(), max_len=512)        # doctest: +SKIP
     >>> stream.add("a", (5, 9), stream.sampling(SamplingParams(16), seed=1))
@@ -68,6 +69,7 @@ class VllmStream:
         dtype: str = "float32",
         seed: int = 0,
         device: str = "cpu",
+        choose: vllm_choose.Chooser | None = None,
     ) -> None:
         global _live
         if _live is not None and _live() is not None:
@@ -89,8 +91,11 @@ class VllmStream:
         # A new one for every version: under the old one's number vLLM would find its prefix cache.
         self._adapter_numbers = itertools.count(1)
         self._engine: Any = vllm_start.start(
-            model_path, cfg, dtype=dtype, max_model_len=max_len, seed=seed, device=device
-        )
+            model_path, cfg, dtype=dtype, max_model_len=max_len, seed=seed, device=device,
+            in_turn=choose is not None,
+        )  # fmt: skip
+        if choose is not None:
+            vllm_choose.install(vllm_weights.runner(self._engine), choose, self._name_of)
         self._tap = LatentTap()
         self._tap.install(vllm_weights.runner(self._engine))
         self.version = PolicyVersion(0, "")
@@ -158,6 +163,9 @@ class VllmStream:
         more_ids, more_logp = scheduler.untold(internal)
         more = slice(max(0, since - len(ids)), None)
         return [*ids[since:], *more_ids[more]], [*logp[since:], *more_logp[more]]
+
+    def _name_of(self, internal: str) -> str:
+        return self._engine.output_processor.request_states[internal].external_req_id
 
     def latents(self, name: str) -> torch.Tensor:
         """Of a finished sequence that was added with `vllm_requests.capturing(start)`, once: what

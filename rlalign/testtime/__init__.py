@@ -6,7 +6,7 @@ from rlalign.testtime.decode import decode_reflect
 from rlalign.testtime.decode_text import TextJob, decode_text
 from rlalign.testtime.drafts import GoalDrafts, SampleDrafts
 from rlalign.testtime.errors import DecodeError
-from rlalign.testtime.fusion_models import FusedModel, open_fusion
+from rlalign.testtime.fusion_models import FusedModel
 from rlalign.testtime.latent_seek import latent_seek
 from rlalign.testtime.logit_fusion import logit_fusion
 from rlalign.testtime.majority import majority
@@ -17,6 +17,7 @@ from rlalign.testtime.neighbourhoods import (
     TopKAlternatives,
 )
 from rlalign.testtime.open_engine import open_engine
+from rlalign.testtime.open_fusion import open_fusion
 from rlalign.testtime.problem import Problem, UnitMap
 from rlalign.testtime.rain import rain
 from rlalign.testtime.reflect import Reflector, ReflectResult, Stop

@@ -182,16 +182,17 @@ def opened(
     asked: dict[str, Any] = {"chat": job.chat, "system": job.system}
     if how.models:
         names = (str(job.model), job.small, job.experts)
-        fused = how.open_models(*names, device=job.device, dtype=job.dtype)
+        kind = {"backend": job.backend, "device": job.device, "dtype": job.dtype}
+        with how.open_models(*names, **kind) as fused:
 
-        def fuse(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
-            def done(index: int, result: Result) -> None:
-                progress.tokens += result.num_generated_tokens
-                finish(rows[index], result)
+            def fuse(rows: Sequence[Row], settings: SearchConfig, finish: Finish) -> None:
+                def done(index: int, result: Result) -> None:
+                    progress.tokens += result.num_generated_tokens
+                    finish(rows[index], result)
 
-            method(fused, as_prompts(rows), settings, on_done=done, **asked)
+                method(fused, as_prompts(rows), settings, on_done=done, **asked)
 
-        yield fuse
+            yield fuse
         return
 
     with ExitStack() as stack:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from peft import PeftModel
@@ -93,8 +93,13 @@ class FusedModel:
 
     @property
     def device(self) -> torch.device:
-        """Of the large model, where logits are put together."""
+        """Where logits are put together."""
         return next(self.members[0].model.parameters()).device
+
+    @property
+    def in_lock_step(self) -> list[Member]:
+        """The models that are read here."""
+        return self.members
 
     def prompts(
         self, given: Given, index: int, *, chat: bool | None = None, system: str = ""
@@ -124,22 +129,31 @@ class FusedModel:
     def decoding(self, longest: int) -> Iterator[LockStep]:
         """Empty caches for rows of up to `longest` tokens, every model in evaluation mode."""
         with contextlib.ExitStack() as stack:
-            for member in self.members:
+            for member in self.in_lock_step:
                 stack.enter_context(evaluating(member.model))
             stack.enter_context(torch.inference_mode())
-            yield LockStep(self, longest)
+            yield LockStep(self.in_lock_step, self.vocab, self.device, longest)
+
+    def close(self) -> None:
+        """Release what was opened for this model; models that were given to it stay."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
 class LockStep:
-    """The same rows in every model. Logits are float32 or wider, on the device of the large model,
-    one tensor [B, K, V] for each model."""
+    """The same rows, of up to `longest` tokens, in every model. Logits are float32 or wider, on
+    `device`, of the first `vocab` tokens, one tensor [B, K, V] for each model."""
 
-    def __init__(self, fused: FusedModel, longest: int) -> None:
-        self._groups = _groups(fused.members)
-        self._decoders = [
-            _decoder([fused.members[i] for i in group], longest) for group in self._groups
-        ]
-        self._vocab, self._device = fused.vocab, fused.device
+    def __init__(
+        self, members: Sequence[Member], vocab: int, device: torch.device, longest: int
+    ) -> None:
+        self._groups = _groups(members)
+        self._decoders = [_decoder([members[i] for i in group], longest) for group in self._groups]
+        self._vocab, self._device = vocab, device
         self._num_rows = 0
         self.refills = all(decoder.refills for decoder in self._decoders)
         self.rewinds = all(decoder.rewinds for decoder in self._decoders) and all(
@@ -185,41 +199,35 @@ class LockStep:
         self._num_rows = len(index)
 
     def _share(self, found: dict[int, Tensor], group: Sequence[int], logits: Tensor) -> None:
-        for i, part in zip(group, self._common(logits).chunk(len(group)), strict=True):
+        for i, part in zip(group, self.common(logits).chunk(len(group)), strict=True):
             found[i] = part
 
-    def _common(self, logits: Tensor) -> Tensor:
+    def common(self, logits: Tensor) -> Tensor:
+        """Of the tokens that all models know, in the type and the place of all logits."""
         logits = logits[..., : self._vocab].to(self._device)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
-def open_fusion(
-    large: str,
-    small: str,
-    experts: Sequence[str],
-    *,
-    device: str = "cpu",
-    dtype: str = "float32",
-    max_batch_size: int = 64,
-    seed: int = 0,
-) -> FusedModel:
-    """The models in folders, on the hub, or `mini:<task>` (whose weights `seed` keys), with their
-    tokenizers. An expert may be the folder of a LoRA adapter on the small base, whose weights it
-    then shares. Raises ModelError for one that cannot be loaded, DecodeError as FusedModel does."""
-
-    def load(path: str) -> Member:
-        config = ModelConfig(path=path, dtype=dtype)
-        return Member(load_causal_lm(config, seed, device), load_tokenizer(config, seed))
-
-    base = load(small)
+def open_small(
+    small: str, experts: Sequence[str], *, dtype: str, seed: int, device: str
+) -> tuple[Member, list[Member]]:
+    """The small base and its experts. See `open_fusion`."""
+    base = open_member(small, dtype=dtype, seed=seed, device=device)
     adapters = {t: p for t, p in enumerate(experts) if (Path(p) / ADAPTER_FILE).is_file()}
     if adapters:
         base = Member(_with_adapters(base.model, adapters), base.tokenizer, BASE)
     members = [
-        base._replace(adapter=_adapter_name(t)) if t in adapters else load(path)
+        base._replace(adapter=_adapter_name(t))
+        if t in adapters
+        else open_member(path, dtype=dtype, seed=seed, device=device)
         for t, path in enumerate(experts)
     ]
-    return FusedModel(load(large), base, members, max_batch_size=max_batch_size)
+    return base, members
+
+
+def open_member(path: str, *, dtype: str, seed: int, device: str) -> Member:
+    config = ModelConfig(path=path, dtype=dtype)
+    return Member(load_causal_lm(config, seed, device), load_tokenizer(config, seed))
 
 
 def _with_adapters(model: nn.Module, folders: Mapping[int, str]) -> PeftModel:

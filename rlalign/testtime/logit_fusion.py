@@ -12,7 +12,8 @@ its running minimum once before the loop, which would freeze the strength). It l
 distributions at temperature 1; temperature and top-p come after the fusion.
 
 With `speculate` the first expert writes tokens ahead, which the others read in one pass each:
-fusion_draw.py.
+fusion_draw.py. What a row is, and how tokens are added to it: fusion_rows.py. Where the large model
+runs in vLLM, that is what steps: fusion_vllm.py.
 
 Shapes: B rows, K = D + 1 places: D drafted tokens and the one after them, V vocabulary.
 """
@@ -21,7 +22,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,43 +32,15 @@ from rlalign.errors import RlalignError
 from rlalign.rollout.decoding import PREFILL_TOKENS, REFILL_SHARE, survivors
 from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.sampling import sample
-from rlalign.rollout.seeds import sample_seed
 from rlalign.testtime.errors import DecodeError
-from rlalign.testtime.fusion_draw import Places, fuse_and_draw
 from rlalign.testtime.fusion_models import FusedModel, LockStep
-from rlalign.testtime.ledger import Ledger
-from rlalign.testtime.prompt import Given, Prompt, plain_text
-from rlalign.testtime.result import Result, failed_result, make_result
-from rlalign.testtime.run import new_ledger, settings
-from rlalign.types import FINISH_LENGTH, FINISH_STOP
+from rlalign.testtime.fusion_rows import Row, advance, enter, grid, make_row_result, new_row
+from rlalign.testtime.fusion_vllm import FusedVllm, decode_on_vllm
+from rlalign.testtime.prompt import Given, Prompt
+from rlalign.testtime.result import Result, failed_result
+from rlalign.testtime.run import settings
 
-REFINEMENT = 10  # strengths in place of one, with `alpha_refine`
 DRAFTER = 2  # the first expert among the models
-FAILED = "failed"
-
-
-@dataclass(slots=True)
-class Row:
-    """One answer in the making. `room`: how many tokens the contexts leave; `limit`: how many may
-    be written. `seeds`: of its tokens, of drafts, of whether drafts are kept."""
-
-    index: int
-    prompts: list[Prompt]
-    room: int
-    limit: int
-    seeds: list[int]
-    ledger: Ledger
-    tokens: list[int] = field(default_factory=list)
-    alphas: list[float] = field(default_factory=list)
-    experts: list[int] = field(default_factory=list)
-    finish_reason: str = ""
-    stop_reason: str = ""
-    error: str = ""
-
-    @property
-    def length(self) -> int:
-        """Of the longest of its prompts."""
-        return max(len(prompt.ids) for prompt in self.prompts)
 
 
 def logit_fusion(
@@ -102,11 +74,12 @@ def logit_fusion(
     waiting: list[Row] = []
     for index, given in enumerate(prompts):
         try:
-            waiting.append(_new_row(fused, given, index, cfg, chat, system))
+            waiting.append(new_row(fused, given, index, cfg, chat, system))
         except RlalignError as error:
             finish(index, failed_result(Prompt(str(index), (), ""), error))
-    for row in decode(fused, waiting, cfg):
-        finish(row.index, _result(fused, row))
+    on_vllm = isinstance(fused, FusedVllm)
+    for row in decode_on_vllm(fused, waiting, cfg) if on_vllm else decode(fused, waiting, cfg):
+        finish(row.index, make_row_result(fused, row))
     return [results[index] for index in range(len(prompts))]
 
 
@@ -126,26 +99,18 @@ def decode(fused: FusedModel, waiting: Sequence[Row], cfg: FusionConfig) -> Iter
                 ids = [[prompt.ids for prompt in row.prompts] for row in entering]
                 logits = torch.stack(step.admit(ids))
                 for row in entering:
-                    row.ledger = new_ledger(cfg)
-                    row.ledger.num_prefill_tokens = sum(len(p.ids) for p in row.prompts)
+                    enter(row, cfg)
                 rows += entering
-                _advance(entering, logits, [[] for _ in entering], cfg, strengths, fused)
+                advance(entering, logits, [[] for _ in entering], cfg, strengths, fused)
             else:
                 logits, drafts = _read(step, rows, cfg, len(fused.members))
-                kept = _advance(rows, logits, drafts, cfg, strengths, fused)
+                kept = advance(rows, logits, drafts, cfg, strengths, fused)
                 step.rewind([len(draft) - n for draft, n in zip(drafts, kept, strict=True)])
             if any(row.finish_reason for row in rows):
                 yield from [row for row in rows if row.finish_reason]
                 index = survivors(rows)
                 step.keep(index)
                 rows = [rows[i] for i in index]
-
-
-def grid(cfg: FusionConfig) -> list[float]:
-    """The strengths that are tried, ascending."""
-    step = cfg.alpha_step / (REFINEMENT if cfg.alpha_refine else 1)
-    count = int((cfg.alpha_max - cfg.alpha_min) / step + 1e-6)
-    return [round(cfg.alpha_min + i * step, 10) for i in range(count + 1)]
 
 
 def _read(
@@ -180,63 +145,6 @@ def _read(
     return torch.stack([found[model] for model in range(num_models)]), drafts
 
 
-def _advance(
-    rows: Sequence[Row],
-    logits: Tensor,
-    drafts: Sequence[Sequence[int]],
-    cfg: FusionConfig,
-    strengths: Sequence[float],
-    fused: FusedModel,
-) -> list[int]:
-    """Append to every row the drafts that stand and the token after them; how many stood."""
-    places = fuse_and_draw(
-        logits,
-        drafts,
-        torch.tensor([row.seeds for row in rows], device=logits.device),
-        torch.tensor([len(row.tokens) for row in rows], device=logits.device),
-        cfg,
-        strengths,
-    )
-    kept = []
-    for i, row in enumerate(rows):
-        ahead = len(drafts[i])
-        row.ledger.num_engine_calls += len(logits) + ahead
-        row.ledger.counters["drafted"] += ahead
-        count = _extend(row, i, drafts[i], places, fused)
-        row.ledger.counters["kept"] += count
-        if not row.finish_reason and row.ledger.over():
-            row.finish_reason, row.stop_reason = FINISH_LENGTH, row.ledger.over()
-        kept.append(count)
-    return kept
-
-
-def _extend(row: Row, i: int, draft: Sequence[int], places: Places, fused: FusedModel) -> int:
-    """Append to one row; how many drafts stood."""
-    for k in range(len(draft) + 1):
-        if places.odd_BK[i][k] >= 0:
-            row.finish_reason = FAILED
-            row.error = (
-                f"the logits of {fused.names[places.odd_BK[i][k]]} are not finite after "
-                f"{len(row.tokens)} tokens of the answer: its weights are damaged or overflow; "
-                "load it in float32, or take another checkpoint"
-            )
-            return k
-        stands = k < len(draft) and places.stands_BD[i][k]
-        row.tokens.append(draft[k] if stands else places.token_BK[i][k])
-        row.alphas.append(round(places.alpha_BK[i][k], 6))
-        row.experts.append(places.expert_BK[i][k])
-        row.ledger.num_generated_tokens += 1
-        row.ledger.counters["bounded"] += places.bounded_BK[i][k]
-        if row.tokens[-1] in fused.eos_ids:
-            row.finish_reason = row.stop_reason = FINISH_STOP
-        elif len(row.tokens) == row.limit:
-            row.finish_reason = FINISH_LENGTH
-            row.stop_reason = row.ledger.over() or FINISH_LENGTH
-        if row.finish_reason or not stands:
-            return k + stands
-    return len(draft)
-
-
 def _entering(queue: deque[Row], active: int, max_batch_size: int, refills: bool) -> list[Row]:
     """Remove from the queue what can enter now beside `active` rows: a few at a time, since prompts
     that are read together cost less."""
@@ -251,36 +159,6 @@ def _entering(queue: deque[Row], active: int, max_batch_size: int, refills: bool
     return entering
 
 
-def _new_row(
-    fused: FusedModel,
-    given: Given,
-    index: int,
-    cfg: FusionConfig,
-    chat: bool | None,
-    system: str,
-) -> Row:
-    prompts = fused.prompts(given, index, chat=chat, system=system)
-    room = fused.room(prompts)
-    seeds = [sample_seed(cfg.seed, prompts[0].id, i, 0) for i in range(3)]
-    ledger = new_ledger(cfg)
-    limit = ledger.left(min(cfg.max_new_tokens, room))
-    return Row(index, prompts, room, limit, seeds, ledger)
-
-
-def _result(fused: FusedModel, row: Row) -> Result:
-    if row.error:
-        return failed_result(row.prompts[0], DecodeError(row.error))
-    return make_result(
-        row.prompts[0],
-        row.ledger,
-        text=plain_text(fused.tokenizer, row.tokens),
-        token_ids=row.tokens,
-        finish=row.finish_reason,
-        stop_reason=row.stop_reason,
-        trace={"method": "logit_fusion", "alphas": row.alphas, "experts": row.experts},
-    )
-
-
 def _check(cfg: FusionConfig, fused: FusedModel) -> None:
     """Raise DecodeError for options that do not go together."""
     if cfg.alpha_min > cfg.alpha_max:
@@ -289,6 +167,8 @@ def _check(cfg: FusionConfig, fused: FusedModel) -> None:
         )
     if cfg.joint and fused.num_experts != 2:
         raise DecodeError(f"joint=true is for two experts, there are {fused.num_experts}")
+    if cfg.speculate and isinstance(fused, FusedVllm):
+        raise DecodeError("speculate is for backend=hf: vLLM takes one token of a step")
     if cfg.speculate and not fused.num_experts:
         raise DecodeError("speculate needs an expert, which writes ahead; there is none")
 

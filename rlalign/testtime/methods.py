@@ -27,11 +27,9 @@ class Method:
         """The public function."""
         return _find(self.function)
 
-    def open_models(
-        self, large: str, small: str, experts: Sequence[str], *, device: str, dtype: str
-    ) -> Any:
-        """The models of a method that decodes with several."""
-        return _find(self.models)(large, small, list(experts), device=device, dtype=dtype)
+    def open_models(self, large: str, small: str, experts: Sequence[str], **how: str) -> Any:
+        """The models of a method that decodes with several, to be closed."""
+        return _find(self.models)(large, small, list(experts), **how)
 
     def config_class(self) -> type[configs.SearchConfig]:
         return getattr(configs, self.config)
@@ -46,7 +44,7 @@ METHODS = {
         "rlalign.testtime.logit_fusion:logit_fusion",
         "FusionConfig",
         NONE,
-        models="rlalign.testtime.fusion_models:open_fusion",
+        models="rlalign.testtime.open_fusion:open_fusion",
     ),
 }
 

@@ -35,8 +35,7 @@ def open_engine(
     Raises ModelError for a model that cannot be loaded, EngineError where vLLM cannot start,
     DecodeError for an unknown backend.
     """
-    if backend not in BACKENDS:
-        raise DecodeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    check_backend(backend)
     config = ModelConfig(path=model, dtype=dtype)
     tokenizer = load_tokenizer(config, seed)
     if backend == "hf":
@@ -53,3 +52,9 @@ def open_engine(
         dtype=dtype,
         device=device,
     )
+
+
+def check_backend(backend: str) -> None:
+    """Raise DecodeError for an unknown one."""
+    if backend not in BACKENDS:
+        raise DecodeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model
 
 from rlalign.models.tokenizer import build_tokenizer
 from rlalign.testtime.errors import DecodeError
-from rlalign.testtime.fusion_models import FusedModel, Member, open_fusion
+from rlalign.testtime.fusion_models import FusedModel, Member
 from rlalign.testtime.logit_fusion import logit_fusion
+from rlalign.testtime.open_fusion import open_fusion
 from tests.testtime.fusion_cases import PROMPTS, TOKENIZER, greedy, random_member
 
 LENGTH = 14
