@@ -18,16 +18,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from rlalign.rollout.engine import GenerateRequest, SamplingParams
-from rlalign.rollout.sampling import likeliest, sample
+from rlalign.rollout.sampling import likeliest, pick, uniform
 from rlalign.types import FINISH_LENGTH, FINISH_STOP
 
 PREFILL_TOKENS = (
     8192  # prompt tokens, padding included, in one forward pass: bounds its activations
 )
 FAILED = "failed"  # a row whose logits were not finite
+AHEAD = 16  # random numbers of a row that are made together
 REFILL_SHARE = 4  # prompts join once a quarter of the rows is free: fewer, larger prefills
 
 
@@ -79,6 +81,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
+    uniforms: list[float] = field(default_factory=list)  # of its tokens, from the first on
     finish_reason: str = ""
 
 
@@ -162,6 +165,11 @@ def take(
     return entering
 
 
+def tensor_of(values: Sequence[int] | Sequence[float], device: torch.device) -> torch.Tensor:
+    """As torch.tensor, by way of NumPy: four times as fast."""
+    return torch.from_numpy(np.array(values)).to(device)
+
+
 def draw(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.device) -> None:
     """Append one token to each row, and the reason where it ends there."""
     kinds: dict[int, list[int]] = {}
@@ -170,7 +178,8 @@ def draw(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.device) -> 
     if len(kinds) == 1:
         return _draw_alike(rows, logits_BV, device)
     for index in kinds.values():
-        _draw_alike([rows[i] for i in index], logits_BV[index], device)
+        own_BV = logits_BV.index_select(0, tensor_of(index, device))
+        _draw_alike([rows[i] for i in index], own_BV, device)
 
 
 def _kind(params: SamplingParams) -> SamplingParams:
@@ -180,9 +189,9 @@ def _kind(params: SamplingParams) -> SamplingParams:
 
 def _draw_alike(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.device) -> None:
     params = rows[0].params
-    seed_B = torch.tensor([row.seed for row in rows], device=device)
-    step_B = torch.tensor([len(row.tokens) for row in rows], device=device)
-    token_B, logp_B = sample(logits_BV, seed_B, step_B, params)
+    token_B, logp_B = pick(
+        logits_BV, _uniforms(rows, device) if params.temperature else None, params
+    )
     if params.num_top:
         tops = likeliest(logits_BV, params)
         for row, top in zip(rows, tops, strict=True):
@@ -197,6 +206,22 @@ def _draw_alike(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.devi
             row.finish_reason = FINISH_STOP
         elif len(row.tokens) == row.limit:
             row.finish_reason = FINISH_LENGTH
+
+
+def _uniforms(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
+    """The random number of each row's next token. Rows hold some ahead: a number by itself costs a
+    dozen small operations."""
+    short = [row for row in rows if len(row.uniforms) <= len(row.tokens)]
+    if short:
+        count = min(AHEAD, max(row.limit - len(row.tokens) for row in short))
+        seed_B, step_B = (
+            tensor_of(values, device)
+            for values in ([row.seed for row in short], [len(row.uniforms) for row in short])
+        )
+        step_BN = step_B[:, None] + torch.arange(count, device=device)
+        for row, values in zip(short, uniform(seed_B[:, None], step_BN).tolist(), strict=True):
+            row.uniforms += values
+    return tensor_of([row.uniforms[len(row.tokens)] for row in rows], device)
 
 
 class Ending(Protocol):

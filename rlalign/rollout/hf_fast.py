@@ -33,6 +33,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rlalign.rollout.decoding import tensor_of
 from rlalign.rollout.hf_cache import base_model
 
 PLAIN_DECODERS = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM)
@@ -141,7 +142,7 @@ class FastDecoder:
         return self._head(self._norm(x_PD))[prompt_of_row]
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        position_B = torch.tensor(self._lengths, device=self._device)
+        position_B = tensor_of(self._lengths, self._device)
         row_B = torch.arange(len(tokens), device=self._device)
         self._lengths = [length + 1 for length in self._lengths]
         width = max(self._lengths)
@@ -155,7 +156,7 @@ class FastDecoder:
             return _attend_last(query, key, value, mask_BT)
 
         cos, sin = self._cos_T1d[position_B], self._sin_T1d[position_B]
-        x_BD = self._run(torch.tensor(tokens, device=self._device), cos, sin, attend)
+        x_BD = self._run(tensor_of(tokens, self._device), cos, sin, attend)
         return self._head(self._norm(x_BD))
 
     def extend(self, tokens: Sequence[Sequence[int]]) -> Tensor:

@@ -31,10 +31,24 @@ def sample(
     `seed_B` and `step_B` (the number of tokens drawn before) are int64. At temperature 0 the token
     is the likeliest one, its log-prob that of temperature 1.
     """
+    return pick(logits_BV, None if params.temperature == 0 else uniform(seed_B, step_B), params)
+
+
+def pick(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor | None, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `sample`, from its random numbers; at temperature 0 there are none."""
+    if params.temperature == 0:
+        logits_BV = logits_BV.float()
+        largest_B, token_B = logits_BV.max(-1)
+        return token_B, largest_B - logits_BV.logsumexp(-1)
+    assert uniform_B is not None
     rows = max(1, CHUNK_BYTES // (8 * logits_BV.shape[-1]))
+    if len(logits_BV) <= rows:
+        return _pick(logits_BV, uniform_B, params)
     parts = [
-        _sample(*part, params)
-        for part in zip(logits_BV.split(rows), seed_B.split(rows), step_B.split(rows), strict=True)
+        _pick(*part, params)
+        for part in zip(logits_BV.split(rows), uniform_B.split(rows), strict=True)
     ]
     token_B, logp_B = (torch.cat(values) for values in zip(*parts, strict=True))
     return token_B, logp_B
@@ -51,29 +65,37 @@ def likeliest(
         logits_BV = keep_likeliest(logits_BV / params.temperature, params.top_k, params.top_p)
     logp_BV = logits_BV.log_softmax(-1)
     count = min(params.num_top, logp_BV.shape[-1])
-    smallest_B = logp_BV.topk(count, dim=-1).values[:, -1]
-    rows = []
-    for logp_V, smallest in zip(logp_BV, smallest_B, strict=True):
-        kept = (logp_V >= smallest).nonzero()[:, 0]  # more than `count` where some are equal
-        values = logp_V[kept]
-        order = values.sort(dim=0, descending=True, stable=True).indices[:count]
-        pairs = zip(kept[order].tolist(), values[order].tolist(), strict=True)
-        rows.append(tuple(pair for pair in pairs if pair[1] > -math.inf))
+    # One more, to see whether the last one has equals that were left out.
+    values_BN, ids_BN = logp_BV.topk(min(count + 1, logp_BV.shape[-1]), dim=-1)
+    ids_BN, order_BN = ids_BN[:, :count].sort(-1)
+    by_value_BN = values_BN.gather(-1, order_BN).sort(dim=-1, descending=True, stable=True)
+    ids_BN = ids_BN.gather(-1, by_value_BN.indices)
+    rows = [
+        tuple(pair for pair in zip(ids, values, strict=True) if pair[1] > -math.inf)
+        for ids, values in zip(ids_BN.tolist(), by_value_BN.values.tolist(), strict=True)
+    ]
+    last_B, beyond_B = values_BN[:, count - 1], values_BN[:, -1]
+    if values_BN.shape[-1] > count:
+        for row in ((last_B == beyond_B) & (last_B > -math.inf)).nonzero()[:, 0].tolist():
+            rows[row] = _likeliest_of_equals(logp_BV[row], count)
     return rows
 
 
-def _sample(
-    logits_BV: torch.Tensor, seed_B: torch.Tensor, step_B: torch.Tensor, params: SamplingParams
+def _likeliest_of_equals(logp_V: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    kept = (logp_V >= logp_V.topk(count).values[-1]).nonzero()[:, 0]
+    values, order = logp_V[kept].sort(dim=0, descending=True, stable=True)
+    return tuple(zip(kept[order[:count]].tolist(), values[:count].tolist(), strict=True))
+
+
+def _pick(
+    logits_BV: torch.Tensor, uniform_B: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    logits_BV = logits_BV.float()
-    if params.temperature == 0:
-        token_B = logits_BV.argmax(-1)
-        return token_B, _at(logits_BV, token_B) - logits_BV.logsumexp(-1)
-    logits_BV = keep_likeliest(logits_BV / params.temperature, params.top_k, params.top_p)
+    scaled_BV = logits_BV.float() / params.temperature
+    logits_BV = keep_likeliest(scaled_BV, params.top_k, params.top_p)
     max_B1 = logits_BV.amax(-1, keepdim=True)
     cumulative_BV = (logits_BV - max_B1).exp_().cumsum(-1, dtype=torch.float64)
     total_B = cumulative_BV[:, -1]
-    target_B = uniform(seed_B, step_B) * total_B
+    target_B = uniform_B * total_B
     # The first entry ABOVE the target: a token of probability zero has the sum of its predecessor.
     token_B = torch.searchsorted(cumulative_BV, target_B[:, None], right=True)[:, 0]
     token_B.clamp_(max=logits_BV.shape[-1] - 1)  # NaN logits: the log-prob shows them
@@ -99,7 +121,7 @@ def keep_likeliest(logits_BV: torch.Tensor, top_k: int, top_p: float) -> torch.T
 
 
 def uniform(seed_B: torch.Tensor, step_B: torch.Tensor) -> torch.Tensor:
-    """Float64 in (0, 1) for each int64 (seed, step)."""
+    """Float64 in (0, 1) for each int64 (seed, step), of any shapes that fit together."""
     word = seed_B + (step_B + 1) * GOLDEN
     word = (word ^ _shift_right(word, 30)) * -0x40A7B892E31B1A47  # 0xbf58476d1ce4e5b9
     word = (word ^ _shift_right(word, 27)) * -0x6B2FB644ECCEEE15  # 0x94d049bb133111eb

@@ -33,8 +33,7 @@ class NGrams:
 
     def embed(self, texts: Sequence[str]) -> np.ndarray:
         """See `Embedder`."""
-        rows = [_count(text) for text in texts]
-        return np.stack(rows) if rows else np.zeros((0, DIMENSIONS), np.float32)
+        return _count(texts) if texts else np.zeros((0, DIMENSIONS), np.float32)
 
 
 class SentenceEncoder:
@@ -109,24 +108,31 @@ def load_embeddings(name: str) -> Embeddings | None:
     return Embeddings(NGrams() if name == "ngrams" else SentenceEncoder(name))
 
 
-def _count(text: str) -> np.ndarray:
+def _count(texts: Sequence[str]) -> np.ndarray:
+    """[N, DIMENSIONS]. The n-grams of all texts are hashed in one row of characters, and those that
+    begin in one text and end in another left out."""
     # The marks make the first and last character count, and an empty text have an n-gram.
-    code_T = np.frombuffer(f"\x02{text}\x03".encode("utf-32-le", "surrogatepass"), dtype="<u4")
-    code_T = code_T.astype(np.uint64)
-    row_D = np.zeros(DIMENSIONS)
+    codes = [
+        np.frombuffer(f"\x02{text}\x03".encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        for text in texts
+    ]
+    code_T = np.concatenate(codes).astype(np.uint64)
+    text_T = np.repeat(np.arange(len(texts)), [len(code) for code in codes])
+    count_ND = np.zeros((len(texts), DIMENSIONS))
     for size in SIZES:
-        count = len(code_T) - size + 1
-        if count < 1:
-            continue
-        hash_T = np.full(count, np.uint64(size))
+        end = max(0, len(code_T) - size + 1)
+        hash_T = np.full(end, np.uint64(size))
         for i in range(size):
-            hash_T = (hash_T * PRIME) ^ code_T[i : i + count]
+            hash_T = (hash_T * PRIME) ^ code_T[i : i + end]
         hash_T = hash_T * MIX
         hash_T = (hash_T ^ (hash_T >> np.uint64(29))) * MIX
         place_T = (hash_T >> np.uint64(40)) % np.uint64(DIMENSIONS)
         sign_T = 1.0 - 2.0 * (hash_T >> np.uint64(63)).astype(float)
-        row_D += np.bincount(place_T.astype(np.int64), sign_T, DIMENSIONS)
-    norm = float(np.linalg.norm(row_D))
-    if norm == 0:  # every n-gram cancelled: as good a direction as any
-        row_D[0] = norm = 1.0
-    return (row_D / norm).astype(np.float32)
+        whole_T = text_T[:end] == text_T[size - 1 :]
+        place_T = (text_T[:end] * DIMENSIONS + place_T.astype(np.int64))[whole_T]
+        count_N = np.bincount(place_T, sign_T[whole_T], count_ND.size)
+        count_ND += count_N.reshape(count_ND.shape)
+    norm_N = np.linalg.norm(count_ND, axis=1)
+    # Where every n-gram cancelled, any direction is as good.
+    count_ND[norm_N == 0, 0] = norm_N[norm_N == 0] = 1.0
+    return (count_ND / norm_N[:, None]).astype(np.float32)

@@ -5,7 +5,7 @@ import torch
 
 from rlalign.rollout import sampling
 from rlalign.rollout.engine import SamplingParams
-from rlalign.rollout.sampling import keep_likeliest, sample, uniform
+from rlalign.rollout.sampling import keep_likeliest, likeliest, sample, uniform
 
 M64 = 2**64 - 1
 
@@ -136,3 +136,19 @@ def test_logits_that_are_not_finite_show_as_nan(temperature):
     token, logp = rows(logits, [1, 2, 3], [0] * 3, temperature=temperature)
     assert logp.isnan().tolist() == [False, True, False]
     assert int(token.max()) < 8
+
+
+@pytest.mark.parametrize("count", [1, 3, 5, 8])
+def test_the_likeliest_tokens_by_value_and_then_by_id(count):
+    """Equals inside, at the edge and all along; rows of which few tokens can be drawn."""
+    rng = torch.Generator().manual_seed(0)
+    logits_BV = torch.randint(0, 4, (200, 8), generator=rng).float()
+    logits_BV[torch.rand(200, 8, generator=rng) < 0.2] = -torch.inf
+    logits_BV = logits_BV[logits_BV.amax(-1) > -torch.inf]
+    params = SamplingParams(1, temperature=0.0, num_top=count)
+    for logits_V, found in zip(logits_BV, likeliest(logits_BV, params), strict=True):
+        logp = logits_V.log_softmax(-1).tolist()
+        order = sorted(range(8), key=lambda v: (-logp[v], v))
+        wanted = [(v, logp[v]) for v in order[:count] if logp[v] > -torch.inf]
+        assert [v for v, _ in found] == [v for v, _ in wanted]
+        assert [p for _, p in found] == pytest.approx([p for _, p in wanted])
