@@ -2,9 +2,9 @@
 
 Speed and quality are measured on the language of `_moods.py` (a byte is a token, the model reads
 64): a rule says which texts are good. The published loop (`_rain_literal.py`) has the same model,
-scorer, embedder and settings, one thread as ours; it is timed on fewer prompts. Its draws are its
-own, so its trees are others: seconds are compared for each prompt and for each search. Best-of-N
-spends at least as many generated tokens a prompt as RAIN did.
+scorer, embedder and settings, one thread as ours. Its draws are its own, so its trees are others:
+seconds are compared for each prompt and for each search. Best-of-N spends at least as many
+generated tokens a prompt as RAIN did.
 
 The self-evaluation probe asks the built-in question about its own solved items, of `mini:chain`,
 which knows nothing but arithmetic: chance, as it has to be.
@@ -35,14 +35,14 @@ from rlalign.testtime.rewards import FunctionReward
 from rlalign.testtime.self_evaluation import SelfEvaluation, probe_accuracy
 
 SPEED, PLAIN, GOOD = 20.0, 65.0, 95.0  # bars: times as fast; % good without and with RAIN
-PROMPTS = 64
+PROMPTS, SHARES = 64, 4
 
 
 def run(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     engine = open_moods()
     quality, checks = worth(engine, 26 if quick else 104)
-    fast, bars = speed(engine, 2 if quick else 8)
+    fast, bars = speed(engine, 2 if quick else PROMPTS)
     return {
         "name": "testtime: rain",
         "rows": [*quality, *fast, *probe()],
@@ -51,35 +51,48 @@ def run(quick: bool) -> dict[str, Any]:
 
 
 def speed(engine: HFSearch, num_few: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Ours on 64 prompts side by side, the published loop on a few; answers one after another."""
+    """Ours on 64 prompts side by side, the published loop on `num_few` of them one after another, a
+    share of them and ours in turn; medians of the pairs."""
     prompts, scorer = rows(PROMPTS), FunctionReward(pleasant)
     few = [prompts[13 * i % PROMPTS] for i in range(num_few)]  # names of either mood in turn
-    seconds, searches = published(engine, few)
-    literal = {
-        "part": "speed", "side": f"published loop, {num_few} prompts", "s a prompt": seconds,
-        "searches a prompt": searches, "ms a search": 1e3 * seconds / searches,
-    }  # fmt: skip
-    found = [literal]
-    for compat in ("official", "fixed"):
-        results, took = _timed(
-            lambda own=compat: rain(engine, prompts, scorer, compat=own, in_flight=PROMPTS)
-        )
-        count = sum(result.counters["searches"] for result in results)
+    pairs: dict[str, list[tuple[float, float]]] = {"published loop": [], "official": []}
+    for share in range(SHARES if num_few >= SHARES else 1):
+        pairs["published loop"].append(published(engine, few[share::SHARES], share))
+        pairs["official"].append(ours(engine, prompts, scorer, "official"))
+    pairs["fixed"] = [ours(engine, prompts, scorer, "fixed")]
+    found = []
+    for side, figures in pairs.items():
+        seconds, searches = (statistics.mean(x) for x in zip(*figures, strict=True))
         found.append({
-            "part": "speed", "side": f"ours, {compat}, {PROMPTS} prompts",
-            "s a prompt": took / PROMPTS, "searches a prompt": count / PROMPTS,
-            "ms a search": 1e3 * took / count,
-            "times as fast, a prompt": seconds / (took / PROMPTS),
-            "times as fast, a search": seconds / searches / (took / count),
+            "part": "speed", "side": side, "s a prompt": seconds, "searches a prompt": searches,
+            "ms a search": 1e3 * statistics.mean(s for s, _ in figures) / searches,
         })  # fmt: skip
-        _say(found[-1])
-    official = found[1]
-    least = min(official["times as fast, a prompt"], official["times as fast, a search"])
+    both = list(zip(pairs["published loop"], pairs["official"], strict=True))
+    by_prompt = [theirs[0] / own[0] for theirs, own in both]
+    by_search = [theirs[0] / theirs[1] / (own[0] / own[1]) for theirs, own in both]
+    found[1] |= {
+        "prompts of the loop": num_few, "times as fast, a prompt": statistics.median(by_prompt),
+        "least": min(by_prompt), "times as fast, a search": statistics.median(by_search),
+    }  # fmt: skip
+    for row in found:
+        _say(row)
+    least = min(statistics.median(by_prompt), statistics.median(by_search))
     same = float(all_the_same(engine, prompts[::4]))
     return found, [
         _bar("times as fast as the published loop", least, f">= {SPEED}", least >= SPEED),
         _bar("equal answers with 1, 4 and 16 in flight", same, "== 1", same == 1),
     ]
+
+
+def ours(
+    engine: HFSearch, prompts: Sequence[dict[str, Any]], scorer: FunctionReward, compat: str
+) -> tuple[float, float]:
+    """Seconds and searches a prompt, all prompts in flight."""
+    results, took = _timed(
+        lambda: rain(engine, prompts, scorer, compat=compat, in_flight=len(prompts))
+    )
+    searches = sum(result.counters["searches"] for result in results)
+    return took / len(prompts), searches / len(prompts)
 
 
 def all_the_same(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> bool:
@@ -92,8 +105,10 @@ def all_the_same(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> bool:
     return tokens[0] == tokens[1] == tokens[2]
 
 
-def published(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """Seconds and searches a prompt."""
+def published(
+    engine: HFSearch, prompts: Sequence[dict[str, Any]], seed: int
+) -> tuple[float, float]:
+    """Seconds and searches a prompt, one prompt after another."""
     ngrams, tokenizer = NGrams(), engine.tokenizer
     ids = [tokenizer(row["prompt"])["input_ids"] for row in prompts]
     loops = [
@@ -102,7 +117,7 @@ def published(engine: HFSearch, prompts: Sequence[dict[str, Any]]) -> tuple[floa
             tokenizer,
             lambda text: pleasant([""], [text])[0],
             lambda text: ngrams.embed([text])[0],
-            seed=i,
+            seed=1000 * seed + i,
             room=engine.limits.max_len - len(ids[i]),
         )
         for i in range(len(prompts))

@@ -103,13 +103,19 @@ def decode(
 ) -> list[list[Row]]:
     """One row per seed of each request, in order, all finished: those whose logits were not finite
     with the reason FAILED, and none of the tokens that this made."""
-    completions, kinds = [], dict[SamplingParams, SamplingParams]()
+    completions: list[list[Row]] = []
+    kinds: dict[SamplingParams, SamplingParams] = {}
+    ways: dict[SamplingParams, tuple[SamplingParams, frozenset[int]]] = {}
     for request in requests:
         own = request.limited(params)
-        stop_ids = frozenset() if own.ignore_eos else eos_ids | set(own.stop_token_ids)
-        limit, kind = own.max_completion_length, _kind(own)
-        kind = kinds.setdefault(kind, kind)
-        completions.append([Row(seed, limit, kind, stop_ids) for seed in request.seeds])
+        if own not in ways:
+            kind = _kind(own)
+            stop_ids = frozenset() if own.ignore_eos else eos_ids | set(own.stop_token_ids)
+            ways[own] = kinds.setdefault(kind, kind), stop_ids
+        kind, stop_ids = ways[own]
+        completions.append(
+            [Row(seed, own.max_completion_length, kind, stop_ids) for seed in request.seeds]
+        )
     queue = plan(requests, completions, max_batch_size)
     rows: list[Row] = []
     while queue or rows:

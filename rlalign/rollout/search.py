@@ -172,14 +172,17 @@ def run_searches(
 
 
 def _next_rounds(pending: dict[int, Sequence[Request]]) -> dict[int, Sequence[Request]]:
-    """Steps on latents come before all else: many of them change no token, and what the searches
-    draw is then drawn in one call."""
-    steps = {
-        index: requests
-        for index, requests in pending.items()
-        if all(isinstance(request, Ascend) for request in requests)
-    }
-    return steps or dict(pending)
+    """Steps on latents come first, since many of them change no token, and ratings before anything
+    that the model reads or draws: searches fall into step, and what they draw is one call."""
+    for kind in (Ascend, Rate):
+        first = {
+            index: requests
+            for index, requests in pending.items()
+            if all(isinstance(request, kind) for request in requests)
+        }
+        if first:
+            return first
+    return dict(pending)
 
 
 def together(searches: Sequence[Search[R]]) -> Search[list[R]]:

@@ -165,6 +165,22 @@ def test_raters_get_what_all_searches_ask_of_them_in_one_call_and_the_engine_non
     assert engine.calls == [draws(1, 2)]
 
 
+def test_searches_that_draw_and_rate_stay_in_step():
+    """However they began: of n searches that take turns at both, no call draws for a part."""
+    engine, rater = Echo(), Length()
+
+    def turns(first: str) -> Search[int]:
+        for i in range(4):
+            if i or first == "draw":
+                yield [Draw((1,), PARAMS, i)]
+            yield [Rate(rater, None, "abc")]
+        return 4
+
+    assert run_searches(engine, [turns("draw"), turns("rate"), turns("draw")]) == [4, 4, 4]
+    assert [len(call) for call in engine.calls] == [3, 3, 3, 2]
+    assert sum(map(len, rater.calls)) == 12
+
+
 def test_an_engine_that_is_asked_nothing_is_not_called():
     engine = Echo()
     assert answer_all(engine, [Rate(Length(), None, "four")]) == [4.0]
