@@ -9,7 +9,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from rich.table import Table
 
 from rlalign.errors import RlalignError
 
+PARTS = ("method", "part")  # of a row, where there are several
 SIDE_BY_SIDE = 6  # sides that fit beside each other on a terminal
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -58,10 +60,23 @@ def run(name: str, *, quick: bool = False, json_path: Path | None = None) -> dic
 
 
 def render(result: Mapping[str, Any]) -> Group:
-    """What was measured as one table and the bars as another. Few sides stand side by side, with
-    their many figures below them; many stand one below the other."""
-    title = f"{result['name']} on {result['machine']}"
-    rows: list[dict[str, Any]] = result["rows"]
+    """What was measured, a table for each method and part that the rows tell of, and the bars."""
+    tables = []
+    for named, rows in groupby(result["rows"], lambda row: [row.get(key) for key in PARTS]):
+        title = ", ".join([f"{result['name']} on {result['machine']}", *filter(None, named)])
+        tables.append(
+            _figures(title, [{k: v for k, v in r.items() if k not in PARTS} for r in rows])
+        )
+    bars = Table("bar", "value", "wanted", "holds")
+    for bar in result["bars"]:
+        holds = "[green]yes[/green]" if bar["holds"] else "[red]no[/red]"
+        bars.add_row(bar["what"], _text(bar["value"]), _text(bar["bar"]), holds)
+    return Group(*tables, bars)
+
+
+def _figures(title: str, rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Few sides stand side by side, with their many figures below them; many stand one below the
+    other."""
     names = list(dict.fromkeys(key for row in rows for key in row))
     lines = [[name, *(_text(row.get(name)) for row in rows)] for name in names]
     if len(rows) > SIDE_BY_SIDE:
@@ -71,11 +86,7 @@ def render(result: Mapping[str, Any]) -> Group:
         figures.add_column(overflow="fold")
     for line in lines:
         figures.add_row(*line)
-    bars = Table("bar", "value", "wanted", "holds")
-    for bar in result["bars"]:
-        holds = "[green]yes[/green]" if bar["holds"] else "[red]no[/red]"
-        bars.add_row(bar["what"], _text(bar["value"]), _text(bar["bar"]), holds)
-    return Group(figures, bars)
+    return figures
 
 
 def _text(value: Any) -> str:

@@ -33,3 +33,23 @@ def test_all_benchmarks_load(tmp_path):
 def test_an_unknown_benchmark_is_refused_with_those_there_are():
     with pytest.raises(bench.BenchError, match=r"no benchmark 'trian'; there are: .*train"):
         bench.load("trian")
+
+
+def test_every_part_has_a_table_of_its_own():
+    rows = [
+        {"method": "a", "part": "speed", "side": "ours", "seconds": 0.25},
+        {"method": "a", "part": "speed", "side": "theirs", "seconds": 4.0},
+        {"method": "b", "part": "quality", "side": "ours", "right": 0.5},
+    ]
+    bars = [{"what": "faster", "value": 16.0, "bar": ">= 20", "holds": False}]
+    result = {"name": "x", "machine": "here", "rows": rows, "bars": bars}
+    speed, quality, checks = bench.render(result).renderables
+    assert speed.title == "x on here, a, speed" and quality.title == "x on here, b, quality"
+    assert [list(column.cells) for column in speed.columns] == [
+        ["side", "seconds"], ["ours", "0.25"], ["theirs", "4"],
+    ]  # fmt: skip
+    assert [list(column.cells) for column in quality.columns] == [
+        ["side", "right"],
+        ["ours", "0.5"],
+    ]
+    assert list(checks.columns[3].cells) == ["[red]no[/red]"]
