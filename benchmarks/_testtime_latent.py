@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -145,16 +145,29 @@ class Agreement:
 
     def __call__(self, prompt: Prompt, response: str, ledger: Ledger) -> Search[float]:
         if prompt.id not in self._votes:
-            params = SamplingParams(MINI["max_new_tokens"])
-            draws = [
-                Draw(prompt.ids, params, sample_seed(1, prompt.id, i, 0)) for i in range(VOTERS)
-            ]
-            drawn = yield from ledger.ask(draws)
-            texts = [plain_text(self._engine.tokenizer, reply.ids) for reply in drawn]
-            self._votes[prompt.id] = Counter(map(final, texts))
+            drawn = yield from ledger.ask(voters(prompt.id, prompt.ids))
+            self._count(prompt.id, drawn)
         ledger.num_reward_calls += 1
         answer = final(response)
         return self._votes[prompt.id][answer] / VOTERS - 1 if answer else -1.0
+
+    def ask_all(self, ids: Mapping[str, tuple[int, ...]]) -> int:
+        """Draw the votes on these prompts now, as several answers to one are judged at once; the
+        tokens of all."""
+        draws = [draw for name, prompt in ids.items() for draw in voters(name, prompt)]
+        drawn = self._engine.answer(draws)
+        for i, name in enumerate(ids):
+            self._count(name, drawn[i * VOTERS : (i + 1) * VOTERS])
+        return sum(len(reply.ids) for reply in drawn)
+
+    def _count(self, name: str, drawn: Sequence[Any]) -> None:
+        texts = [plain_text(self._engine.tokenizer, reply.ids) for reply in drawn]
+        self._votes[name] = Counter(map(final, texts))
+
+
+def voters(name: str, prompt: tuple[int, ...]) -> list[Draw]:
+    params = SamplingParams(MINI["max_new_tokens"])
+    return [Draw(prompt, params, sample_seed(1, name, i, 0)) for i in range(VOTERS)]
 
 
 def final(text: str) -> str:
@@ -174,18 +187,25 @@ def quality(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         return [float(TASK.is_correct(prompt, text)) - 1 for prompt, text in pairs]
 
     sides: dict[str, tuple[list[Result], float]] = {}
+    spent: dict[str, float] = {}  # tokens of a question that are in no result
 
     def seek(side: str, reward: Reward, **options: Any) -> None:
         began = time.perf_counter()
         results = latent_seek(engine, given, reward, in_flight=num, **MINI | options)
         sides[side] = results, time.perf_counter() - began
 
-    def sample(side: str, reward: Reward, like: str, voters: int = 0) -> None:
-        began = time.perf_counter()
+    def sample(side: str, reward: Reward, like: str) -> None:
+        began, beside = time.perf_counter(), 0
+        count = _count(sides[like][0], greedy_tokens)
+        if isinstance(reward, Agreement):
+            names = [row["id"] for row in given]
+            beside = reward.ask_all(dict(zip(names, ids, strict=True))) / num
+            count -= VOTERS
         results = best_of_n(
-            engine, given, reward, num_samples=_count(sides[like][0], greedy_tokens) - voters,
+            engine, given, reward, num_samples=count,
             max_new_tokens=MINI["max_new_tokens"], in_flight=num,
         )  # fmt: skip
+        spent[side] = beside
         sides[side] = results, time.perf_counter() - began
 
     with FunctionReward(oracle) as knows:
@@ -196,12 +216,13 @@ def quality(num: int) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
         sample("best of N, oracle", knows, "LatentSeek, oracle")
     # An answer is accepted when all voters end in it.
     seek("LatentSeek, self", Agreement(engine), tau=-1 / (2 * VOTERS))
-    sample("best of N, self", Agreement(engine), "LatentSeek, self", VOTERS)
+    sample("best of N, self", Agreement(engine), "LatentSeek, self")
     rows = [_row(side, *found, given, sides["greedy"][0]) for side, found in sides.items()]
     for like in ("LatentSeek, oracle", "LatentSeek, self"):
         count = _count(sides[like][0], greedy_tokens)
         rows.append(_majority(engine, ids, given, count, f"majority, tokens of {like}"))
     for row in rows:
+        row["tokens"] += spent.get(row["side"], 0)
         print(row, file=sys.stderr, flush=True)
     right = {row["side"]: row["right"] for row in rows}
     gain = right["LatentSeek, oracle"] - right["greedy"]

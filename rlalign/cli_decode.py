@@ -41,7 +41,7 @@ Chat = Annotated[
 ]
 System = Annotated[str, typer.Option(help="System message, where a row has none.")]
 Backend = Annotated[str, typer.Option(help="hf (exact) or vllm (fast).")]
-Device = Annotated[str, typer.Option(help="cpu or cuda, for hf.")]
+Device = Annotated[str, typer.Option(help="cpu or cuda.")]
 Dtype = Annotated[str, typer.Option(help="float32 or bfloat16.")]
 InFlight = Annotated[int, typer.Option(help="Rows that are decoded side by side.")]
 
