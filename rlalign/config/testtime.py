@@ -135,6 +135,36 @@ class MajorityConfig(BestOfConfig):
 
 
 @dataclass
+class RolloutConfig:
+    """What follows a leaf of RAIN's tree when its text is scored."""
+
+    boundary: str = option(
+        ",.?:;\n", "Characters that end the continuation; empty: only the end of the answer does."
+    )
+    temperature: float = option(1.0, "Of the continuation.", ge=0.0)
+    turn_marker: str = option(
+        "", "Text that opens another user's turn and so ends the answer; empty: none."
+    )
+
+
+@dataclass
+class JudgeConfig:
+    """RAIN's self-evaluation: the model is asked a question about its own reply."""
+
+    question: str = option(
+        "harmless",
+        "What is asked of a reply: whether it is harmless, truthful, or of positive tone.",
+        choices=("harmless", "truthful", "positive"),
+    )
+    how: str = option(
+        "hard",
+        "hard: the likelier letter counts, in every order of the options; soft: values weighted by "
+        "the letters' probabilities.",
+        choices=("hard", "soft"),
+    )
+
+
+@dataclass
 class RainConfig(SearchConfig):
     """RAIN: a tree of short token sets, grown from what is committed and judged by the model
     itself or by a reward."""
@@ -181,13 +211,8 @@ class RainConfig(SearchConfig):
     value_limit: float = option(
         0.0, "A child is added only where all are worth less.", ge=-1.0, le=1.0
     )
-    boundary: str = option(
-        ",.?:;\n", "Characters that end the continuation that is scored; empty: the end does."
-    )
-    rollout_temperature: float = option(1.0, "Of that continuation.", ge=0.0)
-    turn_marker: str = option(
-        "", "Text that opens another user's turn and so ends the answer; empty: none."
-    )
+    rollout: RolloutConfig = section(RolloutConfig, "The continuation of a leaf.")
+    judge: JudgeConfig = section(JudgeConfig, "The self-evaluation, where no reward is given.")
     embedder: str = option(
         "ngrams", "Embeddings: `ngrams`, `none`, or the folder or name of a sentence encoder."
     )

@@ -63,24 +63,14 @@ def start(
     """
     _check_machine(device)
     options = _cpu_options(cfg, max_model_len) if device == "cpu" else _gpu_options(cfg)
-    if in_turn:
-        options |= {"async_scheduling": False}
+    options |= {"async_scheduling": False} if in_turn else {}
     with _process_kept(FIRST_RUNNER if in_turn else {}), rng_kept(device), eager(device, cfg):
         from vllm import EngineArgs, envs
         from vllm.platforms import current_platform
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.llm_engine import LLMEngine
 
-        if envs.VLLM_ENABLE_V1_MULTIPROCESSING:
-            raise EngineError(
-                "vLLM already runs in this process with its engine in another one: create the "
-                "VllmEngine before any other use of vllm"
-            )
-        if current_platform.device_type != device:
-            raise EngineError(
-                f"the installed vLLM is built for {current_platform.device_type!r}, the run wants "
-                f"{device!r}: install {_extra(device)}"
-            )
+        _check_build(envs.VLLM_ENABLE_V1_MULTIPROCESSING, current_platform.device_type, device)
         if cfg.max_loras and device == "cpu":
             vllm_lora_cpu.install()
         from rlalign.rollout import vllm_sampler
@@ -225,6 +215,19 @@ def _check_machine(device: str) -> None:
         raise EngineError(
             f"this is one of {world} processes, but torch.distributed is not initialised: vLLM "
             "would set it up for one. Initialise it before the VllmEngine."
+        )
+
+
+def _check_build(elsewhere: bool, built_for: str, device: str) -> None:
+    if elsewhere:
+        raise EngineError(
+            "vLLM already runs in this process with its engine in another one: create the "
+            "VllmEngine before any other use of vllm"
+        )
+    if built_for != device:
+        raise EngineError(
+            f"the installed vLLM is built for {built_for!r}, the run wants {device!r}: install "
+            f"{_extra(device)}"
         )
 
 

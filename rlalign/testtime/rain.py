@@ -42,7 +42,7 @@ from rlalign.testtime.rain_tree import (
 from rlalign.testtime.result import BUDGETS, Result
 from rlalign.testtime.rewards import Reward
 from rlalign.testtime.run import IN_FLIGHT, greedy, run_each, settings
-from rlalign.testtime.self_evaluation import SelfEvaluation
+from rlalign.testtime.self_evaluation import self_judge
 
 RESTARTS = 2
 
@@ -60,7 +60,7 @@ def rain(
     **options: Any,
 ) -> list[Result]:
     """The answer of a search for each prompt. `scorer` says how good a text is that was begun, on
-    the scale `score_range`; None: the model itself, whether it is harmless. `options` are those of
+    the scale `score_range`; None: the model itself (`judge`). `options` are those of
     RainConfig. `Result.reward` is the score of the answer.
 
     Raises DecodeError for options that make no sense, and where the model cannot judge itself.
@@ -68,7 +68,7 @@ def rain(
     >>> rain(engine, ["How do I pick a lock?"], max_searches=30)               # doctest: +SKIP
     """
     cfg = settings(RainConfig, config, options)
-    judge = scorer or SelfEvaluation(engine, chat=chat, compat=cfg.compat)
+    judge = scorer or self_judge(engine, cfg, chat=chat)
     check(cfg)  # before anything is asked; each search would say the same
     return run_each(
         engine,

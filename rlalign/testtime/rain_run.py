@@ -75,7 +75,7 @@ class Run:
         leaf.num_rollouts += 1
         params = SamplingParams(
             self.ledger.left(self.ends.room - len(before)),
-            self.cfg.rollout_temperature,
+            self.cfg.rollout.temperature,
             stop_token_ids=tuple(self.ends.boundaries),
         )
         return Draw(self.prompt.ids + before, params, seed)
@@ -147,9 +147,9 @@ class Ends:
 
     def __init__(self, engine: SearchEngine, prompt: Prompt, cfg: RainConfig) -> None:
         self.room = longest(engine, prompt.ids, cfg.max_new_tokens)
-        self.boundaries = boundary_ids(engine.tokenizer, cfg.boundary, engine.limits.vocab)
+        self.boundaries = boundary_ids(engine.tokenizer, cfg.rollout.boundary, engine.limits.vocab)
         self._tokenizer, self._eos_ids = engine.tokenizer, engine.eos_ids
-        self._marker = cfg.turn_marker
+        self._marker = cfg.rollout.turn_marker
         self._before = prompt.ids[-1:] if cfg.compat == "official" else ()
 
     def text(self, tokens: Sequence[int]) -> str:

@@ -13,6 +13,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rlalign.config.testtime import RainConfig
 from rlalign.rollout.search import Choose, Search, SearchEngine, run_searches
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.ledger import Ledger
@@ -109,6 +110,14 @@ class SelfEvaluation:
 
     def _encode(self, head: str) -> tuple[int, ...]:
         return encode_user_turn(self._tokenizer, head, self._chat) + self._answer_ids
+
+
+def self_judge(
+    engine: SearchEngine, cfg: RainConfig, *, chat: bool | None = None
+) -> SelfEvaluation:
+    """As RAIN's options say."""
+    judge = cfg.judge
+    return SelfEvaluation(engine, judge.question, how=judge.how, chat=chat, compat=cfg.compat)
 
 
 def check_question(question: Question) -> None:

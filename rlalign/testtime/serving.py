@@ -38,7 +38,7 @@ from rlalign.testtime.rain import search as search_rain
 from rlalign.testtime.rain_run import check
 from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward, Reward
-from rlalign.testtime.self_evaluation import SelfEvaluation
+from rlalign.testtime.self_evaluation import self_judge
 from rlalign.testtime.verifier_roles import ROLES, SelfVerification, Verdict
 
 SELF = "self"  # the reward by which the model judges itself
@@ -102,7 +102,7 @@ def _rain(start: Start) -> Search[Result]:
     check(start.cfg)
     scorer = start.reward
     if scorer is None:
-        scorer = Watched(SelfEvaluation(start.engine, compat=start.cfg.compat), start.progress)
+        scorer = Watched(self_judge(start.engine, start.cfg), start.progress)
     return search_rain(start.engine, start.prompt, scorer, start.cfg)
 
 

@@ -298,7 +298,7 @@ def test_whole_methods_give_the_same_results_as_on_transformers(mini, exact):
 
     rows = get_mini_task("chain").make_rows("eval")[:12]
     seek = {"rho": 0.6, "lr": 0.1, "max_steps": 6, "max_new_tokens": 48, "oracle": True}
-    tree = {"num_candidates": 1, "rollout_temperature": 0.0, "max_searches": 6, "min_fresh": 2}
+    tree = {"num_candidates": 1, "rollout": {"temperature": 0.0}, "max_searches": 6, "min_fresh": 2}
     for kind, options, judge in ((latent_seek, seek, right), (rain, tree, shares_digits)):
         with FunctionReward(judge) as reward:
             got, want = (kind(engine, rows, reward, **options) for engine in (mini, exact))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlalign.config.testtime import RainConfig
+from rlalign.config.testtime import RainConfig, RolloutConfig
 from rlalign.models.random import write_random_model
 from rlalign.rollout.search import run_searches
 from rlalign.testtime.errors import DecodeError
@@ -74,7 +74,7 @@ def test_the_context_bounds_the_answer(engine):
 
 
 def test_another_turn_ends_the_answer_and_is_no_part_of_its_text(engine):
-    marked = ends(engine, "Human: a\nAI:", turn_marker="\nHuman:")
+    marked = ends(engine, "Human: a\nAI:", rollout=RolloutConfig(turn_marker="\nHuman:"))
     before, tokens = ids_of(engine, "no\nHum"), ids_of(engine, "an: b")
     assert marked.close(before, tokens) == (ids_of(engine, "an:"), True)
     assert marked.text(before + tokens) == "no"

@@ -156,7 +156,7 @@ def test_what_a_client_may_not_say_is_an_error_by_name(methods, engine, options,
         ("majority-8", {"extract": "pattern:(a+)+$"}),
         ("rain", {"num_attempts": 10**9}),
         ("rain", {"set_lengths": [10**9]}),
-        ("rain", {"boundary": "${oc.env:HOME}"}),
+        ("rain", {"rollout": {"boundary": "${oc.env:HOME}"}}),
     ],
 )
 def test_a_request_names_no_files_no_patterns_and_no_millions(methods, engine, name, options):
