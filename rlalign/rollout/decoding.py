@@ -81,7 +81,7 @@ class Row:
     tokens: list[int] = field(default_factory=list)
     logps: list[float] = field(default_factory=list)
     tops: list[tuple[tuple[int, float], ...]] = field(default_factory=list)
-    uniforms: list[float] = field(default_factory=list)  # of its tokens, from the first on
+    uniforms: list[float] = field(default_factory=list)  # of its next tokens, the last one first
     finish_reason: str = ""
 
 
@@ -217,17 +217,17 @@ def _draw_alike(rows: Sequence[Row], logits_BV: torch.Tensor, device: torch.devi
 def _uniforms(rows: Sequence[Row], device: torch.device) -> torch.Tensor:
     """The random number of each row's next token. Rows hold some ahead: a number by itself costs a
     dozen small operations."""
-    short = [row for row in rows if len(row.uniforms) <= len(row.tokens)]
+    short = [row for row in rows if not row.uniforms]
     if short:
         count = min(AHEAD, max(row.limit - len(row.tokens) for row in short))
         seed_B, step_B = (
             tensor_of(values, device)
-            for values in ([row.seed for row in short], [len(row.uniforms) for row in short])
+            for values in ([row.seed for row in short], [len(row.tokens) for row in short])
         )
-        step_BN = step_B[:, None] + torch.arange(count, device=device)
+        step_BN = step_B[:, None] + torch.arange(count - 1, -1, -1, device=device)
         for row, values in zip(short, uniform(seed_B[:, None], step_BN).tolist(), strict=True):
-            row.uniforms += values
-    return tensor_of([row.uniforms[len(row.tokens)] for row in rows], device)
+            row.uniforms = values
+    return tensor_of([row.uniforms.pop() for row in rows], device)
 
 
 class Ending(Protocol):
