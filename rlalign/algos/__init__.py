@@ -9,7 +9,6 @@ from rlalign.algos.aggregate import aggregation_weights, attach_weights, depends
 from rlalign.algos.allocate import allocate
 from rlalign.algos.allocator import (
     Allocator,
-    PilotStats,
     Shares,
     make_allocator,
     needs_mean_gradients,
@@ -32,6 +31,7 @@ from rlalign.algos.loss import LossOutput
 from rlalign.algos.masking import draw_masks
 from rlalign.algos.metrics import finalize_metrics, merge_metrics
 from rlalign.algos.mismatch import rollout_weights
+from rlalign.algos.pilot import PilotStats
 from rlalign.algos.registry import (
     compute_advantages,
     couples_rows,

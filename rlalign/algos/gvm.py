@@ -36,9 +36,9 @@ from torch import Tensor
 
 from rlalign.algos import grpo, raft
 from rlalign.algos.base import Algorithm
+from rlalign.algos.pilot import PilotStats
 
 if TYPE_CHECKING:
-    from rlalign.algos.allocator import PilotStats
     from rlalign.config.schema import AllocationConfig
 
 
