@@ -80,7 +80,7 @@ class MiniFlow(FlowModel):
 
     def classifier(self) -> tuple[Callable[[Tensor], Tensor], Condition] | None:
         """That of `mini:digits`, for a model of its labels."""
-        from rlalign.models.digits import load_classifier
+        from rlalign.models.digit_images import load_classifier
         from rlalign.tasks.digits import LABELS
 
         if self.labels != LABELS:

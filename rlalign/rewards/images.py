@@ -44,7 +44,7 @@ class DigitsClassProbability:
     """The reward made by `digits_class_probability`; `load` trains its classifier, once."""
 
     def load(self) -> None:
-        from rlalign.models.digits import load_classifier
+        from rlalign.models.digit_images import load_classifier
 
         self._classifier = load_classifier()
 
@@ -76,7 +76,7 @@ def digits_judge() -> Reward:
     """
 
     def score(completions: list[Any], answer: list[Any], **_: Any) -> list[float | None]:
-        from rlalign.models.digits import judge_labels
+        from rlalign.models.digit_images import judge_labels
 
         seen = judge_labels(stack(completions)).tolist()
         return [

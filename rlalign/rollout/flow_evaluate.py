@@ -78,7 +78,7 @@ def evaluate_digits(
 ) -> DigitsReport:
     """How a model of `mini:digits` draws `prompts`, whose answers are the digits: `num_images` of
     each by the ODE, from noise keyed by `seed`. Raises ModelError without scikit-learn."""
-    from rlalign.models.digits import judge_labels, load_classifier
+    from rlalign.models.digit_images import judge_labels, load_classifier
 
     x0_PMX = ode_latents(
         model,

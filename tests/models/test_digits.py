@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import rlalign.models.mini as mini
-from rlalign.models.digits import judge_labels, load_classifier, load_digits, pretrain
+from rlalign.models.digit_images import judge_labels, load_classifier, load_digits
+from rlalign.models.digits import pretrain
 from rlalign.models.errors import ModelError
 from rlalign.models.flow_load import load_flow_model
 from rlalign.models.mini import build_mini

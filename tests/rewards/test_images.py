@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlalign.config.schema import AlgoConfig, RewardsConfig, RewardSpec
-from rlalign.models.digits import load_classifier, load_digits
+from rlalign.models.digit_images import load_classifier, load_digits
 from rlalign.rewards import RewardError, build_scorer, check
 from rlalign.rewards.images import ink, symmetry
 from rlalign.types import Prompt

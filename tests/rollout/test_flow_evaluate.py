@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlalign.models.digits import load_digits
+from rlalign.models.digit_images import load_digits
 from rlalign.models.flow import FlowModel
 from rlalign.rollout.flow_evaluate import evaluate_digits, ode_latents
 from rlalign.tasks.digits import LABELS
