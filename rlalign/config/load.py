@@ -152,7 +152,13 @@ def _unknown_key(key: str, name: str, kind: type, root: type, prefix: str) -> st
     if not near:  # perhaps the right name in the wrong section
         near = [k for k in all_keys(root) if k.rsplit(".", 1)[-1] == name]
     if not near:
-        near = difflib.get_close_matches(key, list(all_keys(root)), n=1)
+        others = [other for other in all_keys(root) if not key.startswith(f"{other}.")]
+        near = difflib.get_close_matches(key, others, n=1)
+    if near == [key]:  # a dot in a mapping's key
+        section, _, rest = key.partition(".")
+        return (
+            f"unknown config key {key!r}; sections are mappings: {{{section!r}: {{{rest!r}: ...}}}}"
+        )
     hint = f"did you mean {near[0]!r}?" if near else f"valid keys here: {', '.join(local)}."
     return f"unknown config key {key!r}; {hint}"
 

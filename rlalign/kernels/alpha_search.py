@@ -194,7 +194,6 @@ def _two_ways(mean_2B: Tensor) -> Tensor:
 
 def _bounded(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
     """As `measure`, where tokens may be ruled out, and for logits of any size."""
-    lse_2B = torch.stack([expert_BV.logsumexp(-1), small_BV.logsumexp(-1)])
     small_BV, expert_BV = small_BV.log_softmax(-1), expert_BV.log_softmax(-1)
     out_of_small, out_of_expert = small_BV == -math.inf, expert_BV == -math.inf
     small = torch.where(out_of_small, expert_BV - bound, small_BV)
@@ -203,7 +202,8 @@ def _bounded(small_BV: Tensor, expert_BV: Tensor, bound: float) -> Move:
     delta_BV = (expert_BV - small_BV).masked_fill_(out_of_small & out_of_expert, 0)
     mean_2B = torch.stack([(x.exp() * delta_BV).sum(-1) for x in (expert_BV, small_BV)])
     bounded_B = (out_of_small ^ out_of_expert).sum(-1)
-    return Move(delta_BV, _beyond_rounding(_two_ways(mean_2B), lse_2B), bounded_B)
+    moved_2B = _beyond_rounding(_two_ways(mean_2B), torch.zeros_like(mean_2B))
+    return Move(delta_BV, moved_2B, bounded_B)
 
 
 def _beyond_rounding(moved_2B: Tensor, lse_2B: Tensor) -> Tensor:

@@ -249,8 +249,8 @@ def _extra(device: str) -> str:
 def _start_failure(error: Exception, model_path: str, device: str) -> str:
     text = f"vLLM could not start with model {model_path!r}: {type(error).__name__}: {error}"
     lengths = (
-        "lower rollout.vllm.max_model_len (unset, it is task.max_prompt_length + "
-        "rollout.max_completion_length; of `rlalign serve` it is max_len)"
+        "lower max_model_len (of a run rollout.vllm.max_model_len, which is, unset, "
+        "task.max_prompt_length + rollout.max_completion_length; of `rlalign serve` max_len)"
     )
     if "memory" in str(error).lower():
         option = "kv_cache_gib" if device == "cpu" else "gpu_memory_utilization"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class Turn:
     def __init__(self) -> None:
         self.active: dict[str, Row] = {}
         self.last = 0.0  # when tokens were chosen
+        self.is_taken = False
 
     def begin(self, fused: FusedVllm, step: LockStep, cfg: FusionConfig) -> None:
         self.active, self.last = {}, time.monotonic()
@@ -131,12 +132,18 @@ class Turn:
 
 def decode_on_vllm(fused: FusedVllm, waiting: Sequence[Row], cfg: FusionConfig) -> Iterator[Row]:
     """Rows as they end, the longest prompt first. Raises EngineError when vLLM fails, and when it
-    chooses no token for `timeout_s`."""
+    chooses no token for `timeout_s`; DecodeError while another call's rows are in it."""
+    if fused.turn.is_taken:
+        raise DecodeError(
+            "this model is answering another call, whose on_done may not ask it anything: collect "
+            "the results and ask afterwards, or open it with backend=hf"
+        )
     queue = deque(sorted(waiting, key=lambda row: -row.length))
     longest = max((row.length + row.limit for row in queue), default=0)
     device, turn, stream = str(fused.device), fused.turn, fused.stream
     with fused.decoding(longest) as step:
         turn.begin(fused, step, cfg)
+        turn.is_taken = True
         try:
             while queue or turn.active:
                 refused = []
@@ -144,7 +151,8 @@ def decode_on_vllm(fused: FusedVllm, waiting: Sequence[Row], cfg: FusionConfig) 
                     refused = _add(queue, turn.active, fused)
                 if turn.active:
                     with vllm_start.rng_kept(device), vllm_start.eager(device, fused.cfg):
-                        stream.step()
+                        ended = stream.step()
+                    _fail_unfinished(turn.active, ended)
                     _check_deadline(turn, fused.cfg)
                 over = {name: row for name, row in turn.active.items() if row.finish_reason}
                 stream.abort(list(over))
@@ -153,7 +161,7 @@ def decode_on_vllm(fused: FusedVllm, waiting: Sequence[Row], cfg: FusionConfig) 
                 yield from [*refused, *over.values()]
         finally:
             stream.abort(list(turn.active))
-            turn.active = {}
+            turn.active, turn.is_taken = {}, False
 
 
 def open_on_vllm(
@@ -181,7 +189,7 @@ def open_on_vllm(
         small,
         experts,
         cfg,
-        max_len=max_model_len or context_of(folder, CONTEXT),
+        max_len=context_of(folder, CONTEXT) if max_model_len is None else max_model_len,
         dtype=dtype,
         device=device,
     )
@@ -202,6 +210,16 @@ def _add(queue: deque[Row], active: dict[str, Row], fused: FusedVllm) -> list[Ro
         else:
             active[str(row.index)] = row
     return refused
+
+
+def _fail_unfinished(active: Mapping[str, Row], ended: Sequence[Any]) -> None:
+    """A row ends here first; where vLLM ended one by itself, it would wait for ever."""
+    for output in ended:
+        row = active.get(output.request_id)
+        if row is not None and not row.finish_reason:
+            row.finish_reason = FAILED
+            reason = output.outputs[0].finish_reason
+            row.error = f"vLLM ended it after {len(row.tokens)} tokens, reason {reason!r}"
 
 
 def _check_deadline(turn: Turn, cfg: VllmConfig) -> None:

@@ -35,7 +35,7 @@ def open_engine(
     Raises ModelError for a model that cannot be loaded, EngineError where vLLM cannot start,
     DecodeError for an unknown backend.
     """
-    check_backend(backend)
+    check_backend(backend, max_model_len)
     config = ModelConfig(path=model, dtype=dtype)
     tokenizer = load_tokenizer(config, seed)
     if backend == "hf":
@@ -48,13 +48,15 @@ def open_engine(
         folder,
         tokenizer,
         VllmConfig(max_num_seqs=max_batch_size, gpu_memory_utilization=GPU_SHARE, sleep_mode=False),
-        max_len=max_model_len or context_of(folder, CONTEXT),
+        max_len=context_of(folder, CONTEXT) if max_model_len is None else max_model_len,
         dtype=dtype,
         device=device,
     )
 
 
-def check_backend(backend: str) -> None:
-    """Raise DecodeError for an unknown one."""
+def check_backend(backend: str, max_model_len: int | None) -> None:
+    """Raise DecodeError for an unknown one, and for a context without a token."""
     if backend not in BACKENDS:
         raise DecodeError(f"backend={backend!r}: choose one of {', '.join(BACKENDS)}")
+    if max_model_len is not None and max_model_len < 1:
+        raise DecodeError(f"max_model_len={max_model_len}: give the longest sequence in tokens")

@@ -29,7 +29,7 @@ def open_fusion(
     Raises ModelError for one that cannot be loaded, EngineError where vLLM cannot start,
     DecodeError for an unknown backend and as FusedModel does.
     """
-    check_backend(backend)
+    check_backend(backend, max_model_len)
     base, members = open_small(small, experts, dtype=dtype, seed=seed, device=device)
     if backend == "vllm":
         return open_on_vllm(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -20,11 +21,20 @@ IN_FLIGHT = 64
 
 
 def settings(kind: type[T], config: T | None, options: dict[str, Any]) -> T:
-    """`config`, or one of `kind` from keyword arguments; both at once is refused. Raises
-    ConfigError for unknown options and values out of range."""
+    """`config`, or one of `kind` from keyword arguments, of which sections are mappings or configs
+    of their own; both at once is refused. Raises ConfigError for unknown options and values out of
+    range."""
     if config is not None and options:
         raise DecodeError(f"give a config or options, not both: {', '.join(options)}")
-    return config if config is not None else parse(kind, options)
+    if config is not None:
+        return config
+    return parse(kind, {name: _plain(value) for name, value in options.items()})
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    return value
 
 
 def run_each(

@@ -1,12 +1,14 @@
 """Scheduling, on a decoder whose every logit depends on the row's own history alone."""
 
 import hashlib
+from dataclasses import replace
 
 import pytest
 import torch
 
-from rlalign.rollout.decoding import PREFILL_TOKENS, Row, decode, plan, survivors, take
+from rlalign.rollout.decoding import AHEAD, PREFILL_TOKENS, Row, decode, plan, survivors, take
 from rlalign.rollout.engine import GenerateRequest, SamplingParams
+from rlalign.rollout.sampling import sample
 
 VOCAB = 13
 STOP = frozenset({0})
@@ -79,6 +81,28 @@ def test_completions_do_not_depend_on_the_schedule(refills, batch):
     ]
     assert decoder.most_rows <= batch
     assert [len(group) for group in done] == [4, 1, 0, 7, 2, 5]
+
+
+def test_every_token_has_its_own_random_number_however_many_are_made_ahead():
+    """Rows that are short of them at different times, each longer than a few rounds of AHEAD."""
+    count = 3 * AHEAD + 5
+    params = SamplingParams(count, ignore_eos=True)
+    shorter = replace(params, max_completion_length=AHEAD + 1)
+    asked = [
+        GenerateRequest("a", (1, 2), (7, 8), params=shorter),
+        GenerateRequest("b", (3,), (9, 7), params=params),
+    ]
+    decoder = HistoryDecoder(True)
+    groups = decode(decoder, asked, params, STOP, 3, CPU)
+    for request, rows in zip(asked, groups, strict=True):
+        for seed, row in zip(request.seeds, rows, strict=True):
+            history = request.token_ids
+            for step, token in enumerate(row.tokens):
+                logits = decoder.logits([history])
+                drawn, _ = sample(logits, torch.tensor([seed]), torch.tensor([step]), params)
+                assert drawn.item() == token, (request.prompt_id, seed, step)
+                history += (token,)
+            assert len(row.tokens) == (count if request.params is params else AHEAD + 1)
 
 
 @pytest.mark.parametrize("refills", [True, False])

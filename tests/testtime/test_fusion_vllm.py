@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
+import os
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,13 +17,13 @@ from rlalign.config.schema import VllmConfig
 from rlalign.config.testtime import FusionConfig
 from rlalign.models.random import write_random_model
 from rlalign.models.tokenizer import build_tokenizer
-from rlalign.rollout import hf, vllm_choose
+from rlalign.rollout import hf, vllm_choose, vllm_start
 from rlalign.rollout.engine import EngineError
 from rlalign.testtime.decode_text import TextJob, decode_text
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.fusion_models import FusedModel
 from rlalign.testtime.fusion_rows import new_row
-from rlalign.testtime.fusion_vllm import Turn
+from rlalign.testtime.fusion_vllm import Turn, open_on_vllm
 from rlalign.testtime.logit_fusion import logit_fusion
 from rlalign.testtime.open_fusion import open_fusion
 from tests.testtime.fusion_cases import random_member
@@ -39,10 +41,11 @@ def folders(tmp_path_factory):
     """large, small, expert. Heads of 32: the smallest that vLLM's CPU kernels take."""
     root = tmp_path_factory.mktemp("fusion")
     shape = {"heads": 2, "kv_heads": 1, "vocab": POISON + 1, "tied": False}
+    padded = {"vocab": POISON + 20}  # the large model has columns that the others do not
     names = ("large", "small", "expert")
     for seed, name in enumerate(names):
         hidden = 64 if name == "large" else 32
-        own = shape | ({} if name == "large" else {"heads": 1})
+        own = shape | (padded if name == "large" else {"heads": 1})
         write_random_model(root / name, hidden=hidden, max_positions=2 * CONTEXT, seed=seed, **own)
     [file] = (root / "large").glob("*.safetensors")
     weights = load_file(file)
@@ -155,13 +158,72 @@ def test_a_vllm_without_logits_is_given_up(fused, monkeypatch):
 
 
 @needs_vllm
+def test_a_long_run_is_no_silent_one(fused, monkeypatch):
+    """The deadline counts from the last token, not from the beginning."""
+    clock = itertools.count(0.0, 0.02)
+    monkeypatch.setattr("rlalign.testtime.fusion_vllm.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr(fused, "cfg", VllmConfig(timeout_s=2.0))
+    assert not any(r.error for r in logit_fusion(fused, PROMPTS, max_new_tokens=LENGTH))
+    assert next(clock) > 4.0
+
+
+@needs_vllm
+def test_an_end_that_is_not_ours_fails_its_row(fused, monkeypatch):
+    plain = logit_fusion(fused, PROMPTS, max_new_tokens=4)
+    long = [prompt for prompt, r in zip(PROMPTS, plain, strict=True) if r.finish == "length"][:2]
+    step = fused.stream.step
+
+    def stepping():
+        [*step()]
+        ended = SimpleNamespace(request_id="1", outputs=[SimpleNamespace(finish_reason="abort")])
+        row = fused.turn.active.get("1")
+        return [ended] if row is not None and len(row.tokens) == 2 else []
+
+    monkeypatch.setattr(fused.stream, "step", stepping)
+    first, second = logit_fusion(fused, long, max_new_tokens=2)
+    assert not first.error and not second.error  # they were ended by us in that step
+    first, second = logit_fusion(fused, long, max_new_tokens=3)
+    assert not first.error and len(first.token_ids) == 3
+    assert second.error == "DecodeError: vLLM ended it after 2 tokens, reason 'abort'"
+
+
+@needs_vllm
+def test_another_call_in_the_midst_of_one_is_refused(fused):
+    refused = []
+
+    def ask_again(index, result):
+        with pytest.raises(DecodeError, match="answering another call"):
+            logit_fusion(fused, ["abc"])
+        refused.append(index)
+
+    results = logit_fusion(fused, PROMPTS, max_new_tokens=3, on_done=ask_again)
+    assert len(refused) == len(results) and not any(r.error for r in results)
+    assert not logit_fusion(fused, ["abc"], max_new_tokens=3)[0].error
+
+
+@needs_vllm
+def test_steps_are_in_turn_and_the_environment_is_as_before(fused):
+    config = fused.stream._engine.vllm_config.scheduler_config
+    assert config.async_scheduling is False
+    assert not set(vllm_start.FIRST_RUNNER) & set(os.environ)
+
+
+@needs_vllm
 def test_drafts_are_for_transformers(fused):
     with pytest.raises(DecodeError, match="speculate is for backend=hf"):
         logit_fusion(fused, ["abc"], speculate=2)
 
 
 @needs_vllm
-def test_the_command_runs_it(fused, folders, tmp_path):
+def test_the_command_runs_it(fused, folders, tmp_path, monkeypatch):
+    opened = []
+
+    def counted(*args, **options):
+        opened.append(args)
+        return open_on_vllm(*args, **options)
+
+    module = importlib.import_module("rlalign.testtime.open_fusion")
+    monkeypatch.setattr(module, "open_on_vllm", counted)
     fused.close()  # the last test of this engine
     with pytest.raises(EngineError, match="closed"):
         logit_fusion(fused, ["abc"])
@@ -178,7 +240,10 @@ def test_the_command_runs_it(fused, folders, tmp_path):
             )
         )  # fmt: skip
         tokens[backend] = [json.loads(line)["token_ids"] for line in out.open()]
+        assert len(opened) == (backend == "vllm")
     assert tokens["hf"] == tokens["vllm"] and len(tokens["hf"]) == 2
+    with pytest.raises(DecodeError, match="max_model_len=0"):
+        open_fusion(large, small, [expert], backend="vllm", max_model_len=0)
 
 
 class LargeBeside(FusedModel):
