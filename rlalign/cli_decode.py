@@ -149,7 +149,7 @@ def _run(
             raise typer.Exit(130) from None
     _show(method, summary.rows())
     err.print(escape(f"wrote {out}; rlalign report {out} makes a page of it"), soft_wrap=True)
-    if summary.records and all(record["error"] for record in summary.records):
+    if summary.nothing_came_of_it:
         raise typer.Exit(1)
 
 

@@ -238,7 +238,7 @@ def _check_head_size(model_config: Any) -> None:
     if size not in sizes and not model_config.use_mla:
         raise EngineError(
             f"the model's attention heads have size {size}; vLLM's CPU kernels know "
-            f"{', '.join(map(str, sizes))}: use rollout.engine=hf"
+            f"{', '.join(map(str, sizes))}: use the engine hf (rollout.engine=hf, --backend hf)"
         )
 
 

@@ -35,6 +35,14 @@ class Summary:
         right = self._right()
         return sum(right) / len(right) if right else None
 
+    @property
+    def nothing_came_of_it(self) -> bool:
+        """Whether every row failed, or every text that a reward should have scored."""
+        return bool(self.records) and all(
+            record["error"] or 0 < record["num_reward_calls"] <= _failed_rewards(record)
+            for record in self.records
+        )
+
     def rows(self) -> list[tuple[str, str]]:
         """Names and figures of a run, for a table."""
         rows = self.figures()
@@ -66,6 +74,12 @@ class Summary:
         rewards = [record["reward"] for record in records if record["reward"] is not None]
         if rewards:
             rows.append(("reward, mean", f"{sum(rewards) / len(rewards):.3f}"))
+        failed = sum(_failed_rewards(record) for record in records)
+        if failed:
+            first = next(r["reward_error"] for r in records if r.get("reward_error"))
+            asked = sum(record["num_reward_calls"] for record in records)
+            last = first.strip().splitlines()[-1]  # of a traceback; the record has all of it
+            rows.append(("rewards that failed", f"{failed} of {asked}, first: {last}"))
         for name, label in (
             ("num_generated_tokens", "tokens generated"),
             ("num_prefill_tokens", "tokens read"),
@@ -85,6 +99,10 @@ class Summary:
     def _right(self) -> list[float]:
         known = (record.get("right") for record in self.records)
         return [float(right) for right in known if right is not None]
+
+
+def _failed_rewards(record: Record) -> int:
+    return record["counters"].get("failed_rewards", 0)
 
 
 def _kind(error: str) -> str:

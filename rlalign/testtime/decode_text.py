@@ -102,6 +102,7 @@ def decode_text(
     how = find_method(job.method)
     check_job(job, how)
     settings, of_reward = read_settings(job, how)
+    how.check(settings, len(job.experts), job.backend)
     find = make_extract(job.extract or getattr(settings, "extract", "auto"))
     rows = read_rows(Path(job.source), job.num, job.shard)
     summary = Summary(held_records(Path(job.out), job.method, job.resume))

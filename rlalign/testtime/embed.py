@@ -49,8 +49,8 @@ class SentenceEncoder:
             self._model = AutoModel.from_pretrained(folder).eval().to(device)
         except (OSError, ValueError) as error:
             raise DecodeError(
-                f"embedder={folder!r} is no folder of a sentence encoder: {error}. Give one, or "
-                "`ngrams`, or `none`."
+                f"embedder={folder!r} is no folder of a sentence encoder, and none was found by "
+                f"that name: {str(error).rstrip('.')}. Give one, or `ngrams`, or `none`."
             ) from error
         if self._tokenizer.pad_token is None:
             self._tokenizer.pad_token = self._tokenizer.eos_token

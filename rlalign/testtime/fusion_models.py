@@ -60,6 +60,8 @@ class FusedModel:
     ...                                                                        # doctest: +SKIP
     """
 
+    backend = "hf"  # that runs the large model
+
     def __init__(
         self,
         large: Member,

@@ -35,6 +35,8 @@ class FusedVllm(FusedModel):
     """`FusedModel` with the large model of a folder in vLLM, which is this object's: close it.
     Longest sequence: `max_len`. Raises EngineError as VllmStream does."""
 
+    backend = "vllm"
+
     def __init__(
         self,
         folder: str,

@@ -37,7 +37,7 @@ from rlalign.testtime.result import Result, make_result
 from rlalign.testtime.rewards import Reward
 from rlalign.testtime.run import IN_FLIGHT, greedy, longest, new_ledger, run_each, settings
 from rlalign.testtime.solver_templates import with_template
-from rlalign.testtime.verifier_roles import SelfVerification
+from rlalign.testtime.verifier_roles import SelfVerification, check_verifier
 from rlalign.types import FINISH_LENGTH, FINISH_STOP
 
 WORST = -1.0  # the reward of an answer that has none
@@ -111,9 +111,14 @@ def search(
         token_ids=chosen.ids,
         finish=chosen.finish,
         stop_reason=stop_reason,
-        reward=None if math.isnan(chosen.reward) else chosen.reward,
+        reward=chosen.told,
         trace=seeker.trace(),
     )
+
+
+def check(cfg: LatentSeekConfig) -> None:
+    """Raises DecodeError for a self-reward that makes no sense."""
+    check_verifier(cfg.verifier)
 
 
 def _own_reward(engine: SearchEngine, cfg: LatentSeekConfig, chat: bool | None) -> Reward:
@@ -123,7 +128,8 @@ def _own_reward(engine: SearchEngine, cfg: LatentSeekConfig, chat: bool | None) 
 
 @dataclass(slots=True)
 class _Answer:
-    """An answer and its beginning, which the search chose; NaN: not judged."""
+    """An answer and its beginning, which the search chose; NaN: not judged. `is_scored` is false
+    where the reward is `WORST` for want of one."""
 
     prefix: tuple[int, ...]
     ids: tuple[int, ...]
@@ -131,6 +137,12 @@ class _Answer:
     text: str
     reward: float = math.nan
     roles: dict[str, bool | None] = field(default_factory=dict)
+    is_scored: bool = True
+
+    @property
+    def told(self) -> float | None:
+        """The reward as others see it."""
+        return self.reward if self.is_scored and not math.isnan(self.reward) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +283,7 @@ class _Seeker:
             reward = yield from self._reward(self._prompt, answer.text, self._ledger)
         if not math.isfinite(reward):
             self._ledger.counters["bad_rewards"] += 1
-            reward = WORST
+            reward, answer.is_scored = WORST, False
         self._ledger.counters["positive_rewards"] += 0 < reward <= self._cfg.tau
         answer.reward = reward
         return ""
@@ -303,7 +315,7 @@ class _Seeker:
             entry: dict[str, Any] = {
                 "step": visit.step,
                 "text": answer.text,
-                "reward": None if math.isnan(answer.reward) else answer.reward,
+                "reward": answer.told,
                 "prefix": [self._engine.tokenizer.decode([token]) for token in answer.prefix],
                 "changed": _changed(before, answer.prefix) if visit.step else [],
                 "roles": answer.roles,

@@ -28,6 +28,7 @@ class Ledger:
         self.num_engine_calls = 0
         self.num_reward_calls = 0  # texts that were scored, by the model itself or otherwise
         self.counters: Counter[str] = Counter()  # what else a method counts
+        self.reward_error = ""  # the first that a reward gave in place of a score
 
     @property
     def wall_s(self) -> float:
@@ -62,6 +63,11 @@ class Ledger:
         for request, reply in zip(requests, replies, strict=True):
             self._enter(request, reply)
         return replies
+
+    def note_failed_reward(self, detail: str) -> None:
+        """A text that could not be scored; how many there are is `counters.failed_rewards`."""
+        self.counters["failed_rewards"] += 1
+        self.reward_error = self.reward_error or detail
 
     def _enter(self, request: Request, reply: Any) -> None:
         if isinstance(request, Rate):

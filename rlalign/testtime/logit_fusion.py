@@ -63,7 +63,7 @@ def logit_fusion(
     >>> logit_fusion(fused, ["84-9+8=?"], speculate=4)                         # doctest: +SKIP
     """
     cfg = settings(FusionConfig, config, options)
-    _check(cfg, fused)
+    check(cfg, num_experts=fused.num_experts, backend=fused.backend)
     results: dict[int, Result] = {}
 
     def finish(index: int, result: Result) -> None:
@@ -159,17 +159,17 @@ def _entering(queue: deque[Row], active: int, max_batch_size: int, refills: bool
     return entering
 
 
-def _check(cfg: FusionConfig, fused: FusedModel) -> None:
-    """Raise DecodeError for options that do not go together."""
+def check(cfg: FusionConfig, *, num_experts: int, backend: str) -> None:
+    """Raises DecodeError for options that do not go together, or not with these models."""
     if cfg.alpha_min > cfg.alpha_max:
         raise DecodeError(
             f"alpha_min={cfg.alpha_min} is above alpha_max={cfg.alpha_max}: no strength is left"
         )
-    if cfg.joint and fused.num_experts != 2:
-        raise DecodeError(f"joint=true is for two experts, there are {fused.num_experts}")
-    if cfg.speculate and isinstance(fused, FusedVllm):
+    if cfg.joint and num_experts != 2:
+        raise DecodeError(f"joint=true is for two experts, there are {num_experts}")
+    if cfg.speculate and backend == "vllm":
         raise DecodeError("speculate is for backend=hf: vLLM takes one token of a step")
-    if cfg.speculate and not fused.num_experts:
+    if cfg.speculate and not num_experts:
         raise DecodeError("speculate needs an expert, which writes ahead; there is none")
 
 

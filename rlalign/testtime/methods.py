@@ -16,16 +16,24 @@ REQUIRED, OPTIONAL, NONE = "required", "optional", "none"
 @dataclass(frozen=True, slots=True)
 class Method:
     """`function` is the public one, `module:name`; `config` the class of its options; `reward`
-    says whether it takes one. `models` opens what it decodes with where that is several models."""
+    says whether it takes one. `models` opens what it decodes with where that is several models;
+    `checks` refuses options that make no sense together."""
 
     function: str
     config: str
     reward: str
     models: str = ""
+    checks: str = ""
 
     def load(self) -> Callable[..., Any]:
         """The public function."""
         return _find(self.function)
+
+    def check(self, cfg: configs.SearchConfig, num_experts: int, backend: str) -> None:
+        """Before any model is there. Raises DecodeError."""
+        if self.checks:
+            models = {"num_experts": num_experts, "backend": backend} if self.models else {}
+            _find(self.checks)(cfg, **models)
 
     def open_models(self, large: str, small: str, experts: Sequence[str], **how: str) -> Any:
         """The models of a method that decodes with several, to be closed."""
@@ -38,13 +46,24 @@ class Method:
 METHODS = {
     "best-of-n": Method("rlalign.testtime.best_of_n:best_of_n", "BestOfConfig", REQUIRED),
     "majority": Method("rlalign.testtime.majority:majority", "MajorityConfig", OPTIONAL),
-    "latent-seek": Method("rlalign.testtime.latent_seek:latent_seek", "LatentSeekConfig", OPTIONAL),
-    "rain": Method("rlalign.testtime.rain:rain", "RainConfig", OPTIONAL),
+    "latent-seek": Method(
+        "rlalign.testtime.latent_seek:latent_seek",
+        "LatentSeekConfig",
+        OPTIONAL,
+        checks="rlalign.testtime.latent_seek:check",
+    ),
+    "rain": Method(
+        "rlalign.testtime.rain:rain",
+        "RainConfig",
+        OPTIONAL,
+        checks="rlalign.testtime.rain_run:check",
+    ),
     "logit-fusion": Method(
         "rlalign.testtime.logit_fusion:logit_fusion",
         "FusionConfig",
         NONE,
         models="rlalign.testtime.open_fusion:open_fusion",
+        checks="rlalign.testtime.logit_fusion:check",
     ),
 }
 

@@ -13,7 +13,7 @@ from rlalign.rollout.engine import SamplingParams
 from rlalign.rollout.search import Draw, Request, Search, SearchEngine, together
 from rlalign.rollout.seeds import rain_seed
 from rlalign.testtime import rain_candidates as candidates
-from rlalign.testtime.embed import load_embeddings
+from rlalign.testtime.embed import Embeddings, load_embeddings
 from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.prompt import Prompt, plain_text
 from rlalign.testtime.rain_tree import Node, Tree, Vector, best_child
@@ -41,8 +41,7 @@ class Run:
         self.attempt = 0
         self._scorer = scorer
         self._scores: OrderedDict[str, float] = OrderedDict()
-        needed = cfg.gamma_sim > 0 or cfg.max_children > 0
-        self._embeddings = load_embeddings(cfg.embedder) if needed else None
+        self._embeddings = _embeddings(cfg)
 
     def over(self) -> str:
         """The budget that is used up, by its name; "": none."""
@@ -186,11 +185,17 @@ class Ends:
 
 
 def check(cfg: RainConfig) -> None:
-    """Raises DecodeError for lists that make no sense."""
+    """Raises DecodeError for lists that make no sense, and an embedder that cannot be loaded."""
     if not cfg.set_lengths or min(cfg.set_lengths) < 1:
         raise DecodeError(f"set_lengths={cfg.set_lengths}: give one or more lengths from 1")
     if len(cfg.score_range) != 2 or not cfg.score_range[0] < cfg.score_range[1]:
         raise DecodeError(f"score_range={cfg.score_range}: give the lowest score and the highest")
+    _embeddings(cfg)
+
+
+def _embeddings(cfg: RainConfig) -> Embeddings | None:
+    needed = cfg.gamma_sim > 0 or cfg.max_children > 0
+    return load_embeddings(cfg.embedder) if needed else None
 
 
 @lru_cache(maxsize=TOKENIZERS)

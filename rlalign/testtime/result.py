@@ -21,8 +21,9 @@ class Result:
     `finish` is that of the text ("stop", or "length": cut off), `stop_reason` why the search ended:
     the name of a budget, or what the method calls it. `reward` is what the search thinks of the
     answer; None where nothing was scored. `trace` holds what a page draws, as JSON; `counters` what
-    else is worth knowing, by name. `error` is set, and all else empty, where the prompt could not
-    be served.
+    else is worth knowing, by name. `reward_error` is the first of `counters["failed_rewards"]`
+    failures of the reward. `error` is set, and all else empty, where the prompt could not be
+    served.
     """
 
     id: str
@@ -39,6 +40,7 @@ class Result:
     counters: dict[str, float] = field(default_factory=dict)
     trace: dict[str, Any] = field(default_factory=dict)
     error: str = ""
+    reward_error: str = ""
 
     @property
     def over_budget(self) -> bool:
@@ -79,6 +81,7 @@ def make_result(
         wall_s=ledger.wall_s,
         counters=dict(ledger.counters),
         trace=trace or {},
+        reward_error=ledger.reward_error,
     )
 
 

@@ -31,6 +31,17 @@ class Reward(Protocol):
         ...
 
 
+class Failure(float):
+    """NaN in place of a score, and what went wrong."""
+
+    detail: str
+
+    def __new__(cls, detail: str) -> Failure:
+        failure = super().__new__(cls, math.nan)
+        failure.detail = detail
+        return failure
+
+
 class FunctionReward:
     """`Reward`, and the `Rater` behind it, of a reward function `f(prompts, completions, **columns)
     -> list[float | None]`, or of a reward by name: built in (`math`, `regex`, `reward_model`, ...)
@@ -74,11 +85,13 @@ class FunctionReward:
         if self.reads_answers:
             ledger.counters["oracle"] = 1  # its figures know the label
         [score] = yield from ledger.ask([Rate(self, prompt, response)])
+        if isinstance(score, Failure):
+            ledger.note_failed_reward(score.detail)
         return score
 
     def rate(self, items: Sequence[tuple[Prompt, str]]) -> list[float | RewardError]:
-        """See `Rater`. What failed is NaN; a prompt without a column that the function needs has
-        an error, and the others their scores."""
+        """See `Rater`. What failed is a `Failure`; a prompt without a column that the function
+        needs has an error, and the others their scores."""
         replies = [self._problem(prompt) for prompt, _ in items]
         good = [item for item, reply in zip(items, replies, strict=True) if reply is None]
         scores = iter(self._score(good) if good else ())
@@ -128,4 +141,6 @@ def checked_reward(reward: Any) -> Any:
 
 
 def _value(verdict: Verdict) -> float:
+    if verdict.failed:
+        return Failure(f"{verdict.kind}: {verdict.detail}")
     return math.nan if verdict.value is None else verdict.value

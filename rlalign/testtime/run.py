@@ -63,9 +63,9 @@ def run_each(
     ready: list[tuple[int, Prompt]] = []
     for index, given in enumerate(prompts):
         try:
-            ready.append(
-                (index, make_prompt(engine.tokenizer, given, index, chat=chat, system=system))
-            )
+            prompt = make_prompt(engine.tokenizer, given, index, chat=chat, system=system)
+            _check_known(prompt, engine.limits.vocab)
+            ready.append((index, prompt))
         except RlalignError as error:
             finish(index, failed_result(Prompt(prompt_id(given, index), (), ""), error))
 
@@ -96,6 +96,14 @@ def _entered(search: Search[Result], ledger: Ledger) -> Search[Result]:
             step = partial(search.throw, error)
         else:
             step = partial(search.send, replies)
+
+
+def _check_known(prompt: Prompt, vocab: int) -> None:
+    if prompt.ids and not 0 <= min(prompt.ids) <= max(prompt.ids) < vocab:
+        raise DecodeError(
+            f"prompt {prompt.id!r} has token ids from {min(prompt.ids)} to {max(prompt.ids)}; the "
+            f"model knows 0 to {vocab - 1}: give ids of its own tokenizer, or the text"
+        )
 
 
 def longest(engine: SearchEngine, ids: Sequence[int], wanted: int) -> int:

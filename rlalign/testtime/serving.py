@@ -39,7 +39,7 @@ from rlalign.testtime.rain_run import check
 from rlalign.testtime.result import Result
 from rlalign.testtime.rewards import FunctionReward, Reward
 from rlalign.testtime.self_evaluation import self_judge
-from rlalign.testtime.verifier_roles import ROLES, SelfVerification, Verdict
+from rlalign.testtime.verifier_roles import ROLES, SelfVerification, Verdict, check_verifier
 
 SELF = "self"  # the reward by which the model judges itself
 NUMBER = re.compile(r"(.+)-([1-9][0-9]{0,4})")  # of a method's name: best-of-8
@@ -94,6 +94,7 @@ def _majority(start: Start) -> Search[Result]:
 
 def _latent_seek(start: Start) -> Search[Result]:
     cfg = start.cfg
+    check_verifier(cfg.verifier)
     reward = start.reward or _verification(start, cfg.verifier, tau=cfg.tau, compat=cfg.compat)
     return search_latent_seek(start.engine, start.prompt, reward, cfg)
 

@@ -97,6 +97,23 @@ class Verdict:
     roles: dict[str, bool | None]
 
 
+def check_verifier(cfg: VerifierConfig) -> re.Pattern[str]:
+    """The format rule. Raises DecodeError for weights that make no sense, and a pattern that is no
+    regular expression."""
+    weights = cfg.role_weights
+    if len(weights) != len(ROLES) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
+        raise DecodeError(
+            f"role_weights={list(weights)}: give {len(ROLES)} numbers of at least 0, not all "
+            f"0, for {', '.join(role.name for role in ROLES)}"
+        )
+    try:
+        return re.compile(cfg.format_pattern, re.DOTALL)
+    except re.error as error:
+        raise DecodeError(
+            f"format_pattern={cfg.format_pattern!r} is no regular expression: {error}"
+        ) from error
+
+
 class SelfVerification:
     """`Reward`: the model's own verdict on an answer. `tau` is the least reward that is refused,
     for `cascade`; `chat` says whether the questions go through the chat template (None: if there is
@@ -121,19 +138,8 @@ class SelfVerification:
         self._engine, self._cfg = engine, config or VerifierConfig()
         self._tau, self._official = tau, compat == "official"
         self._seed, self._chat = seed, chat
-        weights = self._cfg.role_weights
-        if len(weights) != len(ROLES) or min(weights) < 0 or not 0 < sum(weights) < float("inf"):
-            raise DecodeError(
-                f"role_weights={list(weights)}: give {len(ROLES)} numbers of at least 0, not all "
-                f"0, for {', '.join(role.name for role in ROLES)}"
-            )
-        self._weights = dict(zip(ROLES, weights, strict=True))
-        try:
-            self._pattern = re.compile(self._cfg.format_pattern, re.DOTALL)
-        except re.error as error:
-            raise DecodeError(
-                f"format_pattern={self._cfg.format_pattern!r} is no regular expression: {error}"
-            ) from error
+        self._pattern = check_verifier(self._cfg)
+        self._weights = dict(zip(ROLES, self._cfg.role_weights, strict=True))
 
     def __call__(self, prompt: Prompt, response: str, ledger: Ledger) -> Search[float]:
         verdict = yield from self.verify(prompt, response, ledger)

@@ -5,6 +5,8 @@ import dataclasses
 import pytest
 
 from rlalign.config import Config, ConfigError, all_keys, parse_config, schema, to_yaml
+from rlalign.config.load import parse
+from rlalign.config.testtime import RainConfig
 
 MINIMAL = {
     "name": "x",
@@ -140,3 +142,12 @@ def test_all_keys_lists_each_leaf_once():
     keys = list(all_keys(Config))
     assert len(keys) == len(set(keys))
     assert "trainer.optim.learning_rate" in keys and "algo.filter_groups.metric" in keys
+
+
+def test_names_inside_sections_are_explained():
+    with pytest.raises(ConfigError, match=r"sections are mappings: \{'rollout': \{'temperature'"):
+        parse(RainConfig, {"rollout.temperature": 0.5})
+    with pytest.raises(ConfigError, match=r"did you mean 'judge\.\w+'"):
+        parse(RainConfig, {"judge": {"xyzzy": 1}})
+    with pytest.raises(ConfigError, match=r"did you mean 'rollout\.boundary'"):
+        parse(RainConfig, {"rollout": {"bound": 1}})

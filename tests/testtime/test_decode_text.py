@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 
 from rlalign import cli
 from rlalign.config.load import ConfigError
+from rlalign.models.random import write_random_model
 from rlalign.rewards.verdict import RewardError
 from rlalign.tasks.mini import get_mini_task
 from rlalign.testtime.best_of_n import best_of_n
@@ -24,6 +27,7 @@ from rlalign.testtime.open_engine import open_engine
 from rlalign.testtime.rewards import FunctionReward
 from tests.testtime.search_fakes import ScriptedEngine
 
+SMALL = {"small": "b", "experts": ["c"]}
 BAD = ["{broken", '{"nothing": 1}', '{"prompt": "\\ud800"}', '{"prompt": []}', "[1]"]
 
 
@@ -222,6 +226,63 @@ def test_what_failed_is_not_right_whatever_is_asked_for(tmp_path, job):
     source = write(tmp_path / "in.jsonl", [{"prompt": [], "answer": ""}])
     summary = decode_text(job(source=source, extract="pattern:(.*)"))
     assert summary.accuracy == 0.0
+
+
+@pytest.mark.parametrize("method", ["best-of-n", "majority", "latent-seek", "rain"])
+@pytest.mark.parametrize("part", [False, True])
+def test_a_reward_that_fails_is_told_of(method, part, tmp_path, job):
+    """Not taken for a low score, nor for none: in the record, in the table, by the exit status."""
+
+    def broken(prompts, completions, **columns):
+        if part and prompts[0] == "3":
+            return [-0.5] * len(completions)
+        raise ValueError("no such model")
+
+    options = {"latent-seek": ["max_steps=1"], "rain": ["max_total_searches=2"]}
+    given = options.get(method, ["num_samples=2"])
+    model = str(write_random_model(tmp_path / "model", "qwen2", max_positions=64))
+    decoded = job(method, model, [*given, "max_new_tokens=4"], reward=broken)
+    summary = decode_text(dataclasses.replace(decoded, in_flight=1))
+    failed = [r for r in read(tmp_path / "out.jsonl") if r["counters"].get("failed_rewards")]
+    assert len(failed) == 5 if part else 6
+    for record in failed:
+        assert record["reward_error"].startswith("crash: ") and not record["error"]
+        assert "no such model" in record["reward_error"] and record["reward"] is None
+        assert record["counters"]["failed_rewards"] == record["num_reward_calls"]
+    told = dict(summary.figures())["rewards that failed"]
+    num = sum(record["counters"]["failed_rewards"] for record in failed)
+    assert told.startswith(f"{num} of ") and told.endswith("first: ValueError: no such model")
+    assert summary.nothing_came_of_it is (not part)
+
+
+@pytest.mark.parametrize(
+    "method, options, more, part",
+    [
+        ("rain", ["score_range=[1,0]"], {}, "score_range"),
+        ("rain", ["embedder=/nowhere"], {}, "embedder='/nowhere'"),
+        ("latent-seek", ["verifier.role_weights=[1,2]"], {}, "role_weights"),
+        ("logit-fusion", ["joint=true"], {"small": "b", "experts": ["c"]}, "two experts"),
+        (
+            "logit-fusion",
+            ["speculate=4"],
+            {"small": "b", "experts": ["c"], "backend": "vllm"},
+            "hf",
+        ),
+    ],
+)
+def test_options_are_looked_at_before_a_model_is_loaded(method, options, more, part, job):
+    with pytest.raises(DecodeError, match=re.escape(part)):
+        decode_text(job(method, "/no/such/model", options, **more))
+
+
+def test_ids_of_another_vocabulary_are_the_rows_own_fault(tmp_path, job):
+    source = write(tmp_path / "ids.jsonl", [{"prompt": [5, 99999], "id": "big"}, "1"])
+    decode_text(job(engine=open_engine("mini:chain"), source=source, options=["max_new_tokens=4"]))
+    errors = {record["id"]: record["error"] for record in read(tmp_path / "out.jsonl")}
+    assert (
+        "prompt 'big' has token ids from 5 to 99999" in errors["big"]
+        and "tokenizer" in errors["big"]
+    )
 
 
 def test_options_of_the_reward_go_to_the_reward(tmp_path, job):

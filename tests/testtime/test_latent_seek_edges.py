@@ -57,9 +57,11 @@ def test_a_whole_answer_may_be_latent(engine):
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_a_reward_that_is_no_number_is_the_worst_and_counted(engine, value):
     [result] = latent_seek(engine, ["zzzz"], Scored(lambda text: value), **BOLD)
-    assert result.reward == -1.0 and result.counters["bad_rewards"] == result.num_reward_calls
+    assert result.reward is None and result.counters["bad_rewards"] == result.num_reward_calls
+    assert {step["reward"] for step in result.trace["steps"]} == {None}
     [plain] = latent_seek(engine, ["zzzz"], Scored(bad), **BOLD)
-    assert result.trace == plain.trace
+    for step, other in zip(result.trace["steps"], plain.trace["steps"], strict=True):
+        assert step == other | {"reward": None}
 
 
 def test_rewards_that_cannot_move_anything_are_counted(engine):

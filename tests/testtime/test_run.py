@@ -7,6 +7,8 @@ import math
 
 import pytest
 
+from rlalign.config.load import ConfigError
+from rlalign.config.testtime import RainConfig, RolloutConfig
 from rlalign.rewards.verdict import RewardError
 from rlalign.rollout.engine import EngineError
 from rlalign.testtime.best_of_n import best_of_n
@@ -14,6 +16,7 @@ from rlalign.testtime.errors import DecodeError
 from rlalign.testtime.majority import majority
 from rlalign.testtime.prompt import make_prompt
 from rlalign.testtime.rewards import FunctionReward
+from rlalign.testtime.run import settings
 from tests.testtime.search_fakes import LetterTokenizer, ScriptedEngine, in_turn
 
 
@@ -121,3 +124,11 @@ def test_a_score_that_is_none_is_none():
     with FunctionReward(lambda completions: [None]) as reward:
         [result] = best_of_n(ScriptedEngine(same("a")), ["q"], reward, num_samples=1)
     assert result.reward is None and not math.isnan(result.wall_s)
+
+
+def test_a_section_may_be_a_config_of_its_own():
+    given = {"rollout": RolloutConfig(temperature=0.5), "max_searches": 3}
+    cfg = settings(RainConfig, None, given)
+    assert cfg.rollout == RolloutConfig(temperature=0.5) and cfg.max_searches == 3
+    with pytest.raises(ConfigError, match=r"rollout\.temperature"):
+        settings(RainConfig, None, {"rollout": RolloutConfig(temperature=-1.0)})

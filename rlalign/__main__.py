@@ -1,0 +1,5 @@
+"""`python -m rlalign`: the command line."""
+
+from rlalign.cli import main
+
+main()
