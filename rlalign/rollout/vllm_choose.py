@@ -18,10 +18,16 @@ from rlalign.rollout.engine import EngineError
 Chooser = Callable[[list[str], Tensor], Sequence[int]]
 
 
-def install(runner: Any, choose: Chooser, name_of: Callable[[str], str]) -> None:
+def install(
+    runner: Any,
+    choose: Chooser,
+    name_of: Callable[[str], str],
+    mark_sick: Callable[[str], None] | None = None,
+) -> None:
     """`choose(names, logits [B, V])` gives the next token of each sequence that `runner` would have
-    sampled one of; `name_of` turns vLLM's own name of a sequence into ours. Raises EngineError for
-    a runner that samples elsewhere."""
+    sampled one of; `name_of` turns vLLM's own name of a sequence into ours. `mark_sick` is told
+    vLLM's names of those whose logits are not finite. Raises EngineError for a runner that samples
+    elsewhere."""
     from vllm.v1.outputs import SamplerOutput
 
     if not hasattr(runner, "_sample"):
@@ -37,6 +43,9 @@ def install(runner: Any, choose: Chooser, name_of: Callable[[str], str]) -> None
         rows = [row for row in range(batch.num_reqs) if not partial[row]]
         token_B1 = torch.zeros(batch.num_reqs, 1, dtype=torch.int32)
         if rows:
+            if mark_sick is not None:
+                for row in (~logits.amax(-1).isfinite()).nonzero()[:, 0].tolist():
+                    mark_sick(batch.req_ids[row])
             names = [name_of(batch.req_ids[row]) for row in rows]
             whole = len(rows) == batch.num_reqs
             chosen = choose(names, logits if whole else logits[rows])

@@ -181,7 +181,11 @@ class CpuScheduler(Scheduler):
             return
         for name, row in output.req_id_to_index.items():
             if not np.isfinite(output.logprobs.logprobs[row, 0]):
-                self._sick.add(name)
+                self.mark_sick(name)
+
+    def mark_sick(self, name: str) -> None:
+        """What this request has in the cache is cleared as it ends."""
+        self._sick.add(name)
 
     def _free_request_blocks(self, request: Any) -> None:
         if request.request_id in self._sick:

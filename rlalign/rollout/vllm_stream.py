@@ -44,6 +44,13 @@ class CountsSilently(Protocol):
     def untold(self, name: str) -> tuple[list[int], list[float]]: ...
 
 
+@runtime_checkable
+class ClearsCache(Protocol):
+    """A scheduler that clears what a request without finite logits leaves (vllm_decode_cpu.py)."""
+
+    def mark_sick(self, name: str) -> None: ...
+
+
 _live: weakref.ref[VllmStream] | None = None  # vLLM's parallel state is one per process
 
 
@@ -95,7 +102,13 @@ class VllmStream:
             in_turn=choose is not None,
         )  # fmt: skip
         if choose is not None:
-            vllm_choose.install(vllm_weights.runner(self._engine), choose, self._name_of)
+            scheduler = self._engine.engine_core.engine_core.scheduler
+            vllm_choose.install(
+                vllm_weights.runner(self._engine),
+                choose,
+                self._name_of,
+                scheduler.mark_sick if isinstance(scheduler, ClearsCache) else None,
+            )
         self._tap = LatentTap()
         self._tap.install(vllm_weights.runner(self._engine))
         self.version = PolicyVersion(0, "")

@@ -124,6 +124,19 @@ def test_a_bad_row_does_not_stop_the_rest(fused):
 
 
 @needs_vllm
+def test_rows_that_broke_leave_nothing_in_the_cache(fused, reference):
+    """Those that come after them get their blocks, and NaN times a weight of zero is NaN."""
+    want = told(logit_fusion(reference, PROMPTS, max_new_tokens=LENGTH))
+    for _ in range(3):
+        broken = [[5, POISON, 7], [9] * 40 + [POISON], [POISON] * 50]
+        assert all(r.error for r in logit_fusion(fused, broken, max_new_tokens=1))
+        assert told(logit_fusion(fused, PROMPTS, max_new_tokens=LENGTH)) == want
+    mixed = [x for prompt in PROMPTS for x in (prompt, [5, POISON, 7])]
+    got = logit_fusion(fused, mixed, max_new_tokens=LENGTH)[::2]
+    assert [r.token_ids for r in got] == [r[0] for r in want]
+
+
+@needs_vllm
 def test_what_breaks_off_leaves_nothing_behind(fused):
     def stop(index, result):
         raise KeyboardInterrupt
