@@ -4,15 +4,19 @@ to."""
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rlalign.models.tokenizer import build_tokenizer
-from rlalign.rollout.server import engine_keeper
+from rlalign.rollout.server import engine_keeper, streams
+from rlalign.rollout.server.sequences import Sequence
+from rlalign.rollout.server.streams import as_they_come
 from tests.rollout.fake_engine import GONE, FakeProcess, World, body
 from tests.rollout.test_server_faults import until
 
@@ -130,6 +134,20 @@ def test_text_comes_as_it_is_drawn_with_its_log_probs(run):
         assert reading.events[-1]["usage"]["completion_tokens"] == len(IDS)
 
     stream(run, story)
+
+
+def test_what_grew_before_anybody_looked_is_told_at_once():
+    """The engine may be quicker than the thread that gets a reader of its text ready."""
+
+    async def look() -> list[Any]:
+        sequence = Sequence("", {"partial": True}, 9, asyncio.get_running_loop().create_future())
+        sequence.grow([5, 6], [-0.1, -0.2], 0)
+        host: Any = SimpleNamespace(cancel=lambda sequences: None)
+        async with contextlib.aclosing(as_they_come(host, [sequence])) as batches:
+            async with asyncio.timeout(streams.ALIVE_S / 2):
+                return [s is sequence for s in await anext(batches)]
+
+    assert asyncio.run(look()) == [True]
 
 
 def test_a_chat_names_the_role_once_and_ends_with_the_reason(run):

@@ -32,6 +32,8 @@ async def as_they_come(
     for sequence in sequences:
         sequence.on_growth = partial(tell, sequence)
         sequence.result.add_done_callback(lambda _, s=sequence: tell(s))
+        if sequence.ids:  # it has grown before anybody looked
+            tell(sequence)
     try:
         while left:
             with contextlib.suppress(TimeoutError):
