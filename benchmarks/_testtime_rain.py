@@ -42,7 +42,7 @@ def run(quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     engine = open_moods()
     quality, checks = worth(engine, 26 if quick else 104)
-    fast, bars = speed(engine, 2 if quick else PROMPTS)
+    fast, bars = speed(engine, 8 if quick else PROMPTS)
     return {
         "name": "testtime: rain",
         "rows": [*quality, *fast, *probe()],
@@ -56,8 +56,9 @@ def speed(engine: HFSearch, num_few: int) -> tuple[list[dict[str, Any]], list[di
     prompts, scorer = rows(PROMPTS), FunctionReward(pleasant)
     few = [prompts[13 * i % PROMPTS] for i in range(num_few)]  # names of either mood in turn
     pairs: dict[str, list[tuple[float, float]]] = {"published loop": [], "official": []}
-    for share in range(SHARES if num_few >= SHARES else 1):
-        pairs["published loop"].append(published(engine, few[share::SHARES], share))
+    shares = SHARES if num_few == PROMPTS else 1  # a share of few prompts is like no other
+    for share in range(shares):
+        pairs["published loop"].append(published(engine, few[share::shares], share))
         pairs["official"].append(ours(engine, prompts, scorer, "official"))
     pairs["fixed"] = [ours(engine, prompts, scorer, "fixed")]
     found = []

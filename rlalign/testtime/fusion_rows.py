@@ -59,6 +59,7 @@ def new_row(
     chat: bool | None,
     system: str,
 ) -> Row:
+    """A row that waits. Raises DecodeError or EngineError for a prompt that cannot be served."""
     prompts = fused.prompts(given, index, chat=chat, system=system)
     room = fused.room(prompts)
     seeds = [sample_seed(cfg.seed, prompts[0].id, i, 0) for i in range(3)]
@@ -138,8 +139,9 @@ def _extend(row: Row, i: int, draft: Sequence[int], places: Places, fused: Fused
 
 
 def make_row_result(fused: FusedModel, row: Row) -> Result:
+    """Of a row that is over; one that failed has its account all the same."""
     if row.error:
-        return failed_result(row.prompts[0], DecodeError(row.error))
+        return failed_result(row.prompts[0], DecodeError(row.error), row.ledger)
     return make_result(
         row.prompts[0],
         row.ledger,

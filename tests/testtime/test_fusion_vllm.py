@@ -115,6 +115,7 @@ def test_a_bad_row_does_not_stop_the_rest(fused):
     )
     assert [bool(r.error) for r in results] == [False, True, True, False, True, False]
     assert "the logits of large are not finite" in results[1].error
+    assert results[1].num_prefill_tokens == 9 and results[1].num_engine_calls == 3  # three models
     assert f"fills vLLM's context of {CONTEXT} tokens" in results[2].error
     assert len(results[3].token_ids) == 2
     assert sorted(done) == list(range(len(prompts)))
